@@ -1,0 +1,332 @@
+"""What is done, and what it was made from: records, plans, manifests, and the writes that make them whole.
+
+The disk is the truth. A stage's folder holds
+
+    plan.json          fingerprint, settings and number of planned shards; written first
+    000042.tar ...     data files of shard 42, under their final names only when whole
+    000042.json        the record of shard 42; written last, so its existence means done
+    manifest.parquet   one row for each shard; written when every planned shard has a record
+    run.json           when, where and by which code: everything that inputs do not decide
+
+A data file is written in a staging folder that is unique to the attempt, synced, hashed and renamed; its record
+follows in the same way. Whatever a crash leaves behind lies in `.attempts/` and is swept by the next holder of the lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.crash import crash_point
+
+FORMAT = 1
+ATTEMPTS = ".attempts"
+
+
+class StaleError(RuntimeError):
+    """What lies on disk was made from something else than what is asked for now."""
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(path: str | Path) -> None:
+    """Makes the renames in a folder last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: str | Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file so that a reader sees all of it or nothing, whatever happens in between."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises ValueError naming the file when it does not hold JSON: nothing half-written is taken for whole."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold JSON ({error}); remove it to have it made again") from error
+
+
+def check_format(value: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    if value.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {value.get('format')!r}; this version reads format {FORMAT}")
+    return value
+
+
+def fingerprint(stage: str, version: int, what: dict[str, Any], reads: dict[str, str]) -> str:
+    """Identity of what a stage makes: its name and version, the settings that decide it, the fingerprints that it reads."""
+    return sha256_bytes(canonical({"stage": stage, "version": version, "what": what, "reads": reads}))
+
+
+def shard_name(shard: int) -> str:
+    """Six digits: billions of rows in shards of ten thousand."""
+    return f"{shard:06d}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished shard, or of a finished stage that has no shards (then `shard` is None)."""
+
+    stage: str
+    shard: int | None
+    fingerprint: str
+    rows: int  # samples that came in
+    samples: int  # samples that went out
+    dropped: dict[str, int]  # samples that did not, by reason
+    files: dict[str, dict[str, Any]]  # name in the stage's folder -> {bytes, sha256}
+    inputs: dict[str, str]  # "download/000042" -> digest that was read
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the inputs decide: sizes, scores, counts
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        lost = self.rows - self.samples - sum(self.dropped.values())
+        if lost:
+            raise ValueError(
+                f"{self.stage} shard {self.shard}: {self.rows} rows came in, {self.samples} went out and "
+                f"{sum(self.dropped.values())} were dropped {self.dropped}: {lost} unaccounted for"
+            )
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the hashes of the data files: what was actually written."""
+        return sha256_bytes(canonical({name: info["sha256"] for name, info in self.files.items()}))
+
+    @property
+    def bytes(self) -> int:
+        return sum(info["bytes"] for info in self.files.values())
+
+
+def read_record(path: str | Path) -> Record | None:
+    """The record in a file, or None when there is none. Raises ValueError for a file that is not a record."""
+    if not os.path.exists(path):
+        return None
+    value = check_format(read_json(path), path)
+    try:
+        return Record(**value)
+    except TypeError as error:
+        raise ValueError(f"{path} is not a record of format {FORMAT}: {error}") from error
+
+
+class Attempt:
+    """One try at a shard: files go to `path`, and `commit` makes them the shard's."""
+
+    def __init__(self, folder: StageFolder, shard: int | None, fingerprint: str) -> None:
+        self.folder, self.shard, self.fingerprint = folder, shard, fingerprint
+        label = "stage" if shard is None else shard_name(shard)
+        self.path = folder.path / ATTEMPTS / f"{label}-{uuid.uuid4().hex}"
+
+    def commit(
+        self,
+        *,
+        rows: int,
+        samples: int,
+        dropped: dict[str, int],
+        inputs: dict[str, str],
+        facts: dict[str, Any] | None = None,
+        keep: dict[str, dict[str, Any]] | None = None,
+    ) -> Record:
+        """Syncs, hashes and renames every file of the attempt, then writes the record.
+
+        `keep` names files that are already in place (checkpoints, say) and belong to the record.
+        Raises ValueError when rows in are not rows out plus rows dropped; OSError when the disk is full.
+        """
+        names = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file())
+        files = dict(keep or {})
+        for name in names:
+            fsync_file(self.path / name)
+            files[name] = {"bytes": (self.path / name).stat().st_size, "sha256": sha256_file(self.path / name)}
+        record = Record(
+            stage=self.folder.stage,
+            shard=self.shard,
+            fingerprint=self.fingerprint,
+            rows=rows,
+            samples=samples,
+            dropped=dict(sorted(dropped.items())),
+            files=files,
+            inputs=inputs,
+            facts=facts or {},
+        )
+        crash_point("before_rename")
+        for name in names:
+            target = self.folder.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / name, target)
+            fsync_folder(target.parent)
+        crash_point("before_record")
+        write_json(self.folder.record_path(self.shard), asdict(record))
+        crash_point("after_record")
+        return record
+
+
+class StageFolder:
+    """The folder of one stage of one run."""
+
+    def __init__(self, path: str | Path, stage: str) -> None:
+        self.path, self.stage = Path(path), stage
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    # -- plan ----------------------------------------------------------------------------------------------------
+    def read_plan(self) -> dict[str, Any] | None:
+        path = self.path / "plan.json"
+        return check_format(read_json(path), path) if path.exists() else None
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        write_json(self.path / "plan.json", {"format": FORMAT, **plan})
+
+    # -- records -------------------------------------------------------------------------------------------------
+    def record_path(self, shard: int | None) -> Path:
+        return self.path / ("record.json" if shard is None else f"{shard_name(shard)}.json")
+
+    def record(self, shard: int | None = None) -> Record | None:
+        return read_record(self.record_path(shard))
+
+    def committed(self) -> dict[int, Record]:
+        """Every shard's record, in shard order."""
+        shards = sorted(int(p.stem) for p in self.path.glob("[0-9]*.json"))
+        return {shard: record for shard in shards if (record := self.record(shard)) is not None}
+
+    def missing_files(self, record: Record) -> list[str]:
+        """Files that a record names and that are absent or have another size (hashes are the business of `verify`)."""
+        wrong = []
+        for name, info in record.files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != info["bytes"]:
+                wrong.append(name)
+        return wrong
+
+    @contextmanager
+    def attempt(self, shard: int | None, fingerprint: str) -> Iterator[Attempt]:
+        """A staging folder on the same file system, unique to this try, gone afterwards."""
+        attempt = Attempt(self, shard, fingerprint)
+        attempt.path.mkdir(parents=True)
+        try:
+            yield attempt
+        finally:
+            shutil.rmtree(attempt.path, ignore_errors=True)
+
+    def sweep(self) -> int:
+        """Removes what crashed attempts left; call it only while holding the stage's lock. Returns how many."""
+        orphans = list((self.path / ATTEMPTS).glob("*")) + list(self.path.glob(".*.tmp"))
+        for path in orphans:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return len(orphans)
+
+    def clear(self) -> None:
+        """Removes everything of this stage; only ever called for `overwrite=true`."""
+        for path in self.path.glob("*"):
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # -- manifest ------------------------------------------------------------------------------------------------
+    def close(self, fingerprint: str, records: list[Record], funnel: dict[str, Any], edition: int = 1) -> str:
+        """Writes manifest.parquet: one row for each shard, the funnel as metadata. Returns the edition's digest."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [
+            {
+                "shard": record.shard,
+                "digest": record.digest,
+                "samples": record.samples,
+                "rows": record.rows,
+                "bytes": record.bytes,
+                "dropped": canonical(record.dropped).decode(),
+                "edition": edition,
+            }
+            for record in records
+        ]
+        digest = edition_digest([record.digest for record in records])
+        metadata = {"format": FORMAT, "stage": self.stage, "fingerprint": fingerprint, "edition": edition,
+                    "digest": digest, "funnel": funnel}
+        table = pa.Table.from_pylist(rows, schema=_manifest_schema().with_metadata({"ldm": canonical(metadata)}))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_whole(self.path / "manifest.parquet", sink.getvalue().to_pybytes())
+        return digest
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The closed manifest: {fingerprint, edition, digest, funnel, shards: [row, ...]}, or None while it is open."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.path / "manifest.parquet"
+        if not path.exists():
+            return None
+        try:
+            table = pq.read_table(path)
+            metadata = json.loads(table.schema.metadata[b"ldm"])
+        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a manifest ({error}); remove it and run the stage again") from error
+        return {**check_format(metadata, path), "shards": table.to_pylist()}
+
+
+def _manifest_schema() -> Any:
+    import pyarrow as pa
+
+    integers = ("shard", "samples", "rows", "bytes", "edition")
+    names = ("shard", "digest", "samples", "rows", "bytes", "dropped", "edition")
+    return pa.schema([(name, pa.int64() if name in integers else pa.string()) for name in names])
+
+
+def edition_digest(digests: list[str]) -> str:
+    """Identity of a closed list of shards, in shard order."""
+    return sha256_bytes(canonical(digests))
+
+
+def sum_funnel(records: list[Record]) -> dict[str, Any]:
+    """{rows, samples, dropped by reason} over records; each adds up, so the sum does."""
+    dropped: dict[str, int] = {}
+    for record in records:
+        for reason, count in record.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return {
+        "rows": sum(record.rows for record in records),
+        "samples": sum(record.samples for record in records),
+        "dropped": dict(sorted(dropped.items())),
+    }

@@ -1,0 +1,78 @@
+"""Settings of the data half and of the machines. No values here: those live in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+# ---- what: conf/dataset ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class FilterImagesConfig:
+    """Cheap, permanent rules, each on one picture alone; everything else is a selection."""
+
+    min_size: int  # pixels of the shorter side as downloaded
+    max_aspect: float  # longer side over shorter side
+
+
+@dataclass(frozen=True)
+class PrecomputeLatentsConfig:
+    resolution: int  # pixels of the square that is encoded
+    batch_size: int  # images in one encoder call, padded; other sizes give other bytes
+    threads: int  # processor threads of one encoder; other counts give other bytes
+    channels_last: bool  # memory format of the encoder; another one gives other bytes
+    check_samples: int  # samples of each shard that are decoded back
+    min_psnr: float  # dB; mean of the decoded-back samples of a shard
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which of the encoded samples are used. Changing it downloads and encodes nothing."""
+
+    thresholds: dict[str, list[float | None]]  # score -> [lowest, highest] that is used; null is no bound
+    near_duplicate_bits: int | None  # perceptual hashes that differ in at most so many of 64 bits are one picture
+    top_score: str | None  # score by which the best are taken
+    top_percent: float | None  # per cent of samples that are taken
+    removed: str | None  # a text file of keys or URLs that must not be used
+
+
+# ---- how ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a stage takes, and how many shards of it are under way at once."""
+
+    num_cpus: float
+    num_gpus: float
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class TrainResources:
+    workers: int  # processes, one for each GPU
+    num_cpus: float  # for each worker
+    num_gpus: float  # for each worker; 0 trains on the processor
+    threads: int  # processor threads of each worker
+    micro_batch_size: int  # samples of one forward pass of one worker
+    zero_stage: int  # DeepSpeed ZeRO stage, 0 to 3
+    loader_workers: int  # processes that read latents for each worker; 0 reads in the training process
+    max_failures: int  # restarts of the worker group before the stage fails
+    deepspeed: dict[str, object]  # further DeepSpeed keys, passed through
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: str  # "local" starts Ray here; "auto" or an address joins a cluster
+    num_cpus: int | None  # processors that a local Ray may count on; null counts them
+    object_store_bytes: int | None  # shared memory of a local Ray; null is Ray's own choice
+    download: Resources
+    filter_images: Resources
+    precompute_latents: Resources
+    train: TrainResources
+    generate_threads: int  # processor threads of generate, evaluate and train_autoencoder
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    outputs: str  # folder of all runs
+    reuse: dict[str, str]  # stage -> name of another run whose finished stage is read instead
