@@ -32,7 +32,11 @@ ATTEMPTS = ".attempts"
 
 
 class StaleError(RuntimeError):
-    """What lies on disk was made from something else than what is asked for now."""
+    """What lies on disk was made from something else than what is asked for now; `shards` names which (None: all)."""
+
+    def __init__(self, message: str, shards: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.shards = shards
 
 
 def canonical(value: Any) -> bytes:
@@ -257,9 +261,12 @@ class StageFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return len(orphans)
 
-    def clear(self) -> None:
-        """Removes everything of this stage; only ever called for `overwrite=true`."""
-        for path in self.path.glob("*"):
+    def clear(self, shards: list[int] | None = None) -> None:
+        """Removes the given shards, or everything; only ever called for `overwrite=true`. Records go first."""
+        (self.path / "manifest.parquet").unlink(missing_ok=True)
+        for shard in shards or ():
+            self.record_path(shard).unlink(missing_ok=True)
+        for path in self.path.glob("*") if shards is None else ():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

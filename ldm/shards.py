@@ -1,0 +1,151 @@
+"""A sample's form on disk: webdataset tars, and beside each one an index for random access.
+
+A shard of latents is a plain tar that any webdataset reader opens, samples in key order, fixed headers:
+
+    000000042.moments.npy   000000042.txt   000000107.moments.npy   000000107.txt   ...
+
+Its index `000042.index` is one fixed row for each sample: key, offset and size of the stretch of the tar that holds the
+sample's members, and the crc32 of that stretch. A read is one `pread` of the stretch, checked against the crc32: a
+flipped byte, a cut file or a swapped shard raises CorruptSample and can never shorten an epoch silently. Nothing here
+unpickles, opens a URL, or follows a link.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+INDEX_ROW = np.dtype([("key", "S24"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
+BLOCK = 512
+MEMBER = re.compile(r"^(?P<key>[0-9]+)\.(?P<field>[a-z0-9_.]+)$")
+
+
+class CorruptSample(RuntimeError):
+    """A sample on disk is not what was written; the message names shard and key."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a reader needs to know of a shard."""
+
+    tar: str
+    index: str
+    samples: int
+    digest: str  # identity of the shard's content, from its record
+
+
+class ShardWriter:
+    """Writes a tar and its index. Samples must come in key order; equal samples give equal bytes."""
+
+    def __init__(self, tar: str | Path, index: str | Path) -> None:
+        import webdataset as wds
+
+        self.tar, self.index = Path(tar), Path(index)
+        self.rows: list[tuple[bytes, int, int]] = []
+        self.file = open(self.tar, "wb")
+        self.writer = wds.TarWriter(self.file, encoder=False, mtime=0, user="", group="", mode=0o444)
+
+    def write(self, key: str, fields: dict[str, bytes]) -> None:
+        """Appends one sample: its fields by extension ("moments.npy", "txt")."""
+        if self.rows and key.encode() <= self.rows[-1][0]:
+            raise ValueError(f"samples must come in key order: {key} after {self.rows[-1][0].decode()}")
+        start = self.writer.tarstream.offset
+        self.writer.write({"__key__": key, **fields})
+        self.rows.append((key.encode(), start, self.writer.tarstream.offset - start))
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
+        rows = np.zeros(len(self.rows), INDEX_ROW)
+        with open(self.tar, "rb") as file:
+            for i, (key, offset, size) in enumerate(self.rows):
+                rows[i] = (key, offset, size, zlib.crc32(os.pread(file.fileno(), size, offset)))
+        self.index.write_bytes(rows.tobytes())
+
+
+class ShardReader:
+    """Random access to the samples of a shard, each read checked."""
+
+    def __init__(self, info: ShardInfo) -> None:
+        self.info = info
+        data = Path(info.index).read_bytes()
+        if len(data) != info.samples * INDEX_ROW.itemsize:
+            raise CorruptSample(
+                f"{info.index} has {len(data)} bytes, expected {info.samples * INDEX_ROW.itemsize} for the "
+                f"{info.samples} samples of its record"
+            )
+        self.rows = np.frombuffer(data, INDEX_ROW)
+        self.handle = os.open(info.tar, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keys(self) -> list[str]:
+        return [key.decode() for key in self.rows["key"]]
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The fields of sample i by extension. Raises CorruptSample when its bytes are not those that were written."""
+        row = self.rows[i]
+        data = os.pread(self.handle, int(row["size"]), int(row["offset"]))
+        key = row["key"].decode()
+        if len(data) != row["size"] or zlib.crc32(data) != row["crc32"]:
+            raise CorruptSample(
+                f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {row['size']} bytes read); "
+                f"make the shard again"
+            )
+        return dict(_members(data, key, self.info.tar))
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+def _members(data: bytes, key: str, tar: str) -> Iterator[tuple[str, bytes]]:
+    """The members in a stretch of a tar: 512 bytes of header, then content padded to 512."""
+    at = 0
+    while at + BLOCK <= len(data):
+        header = data[at : at + BLOCK]
+        name = header[:100].rstrip(b"\0").decode()
+        size = int(header[124:135], 8)
+        match = MEMBER.match(name)
+        if header[156:157] not in (b"0", b"\0") or match is None or match["key"] != key:
+            raise CorruptSample(f"{tar}: member {name!r} does not belong to sample {key}")
+        yield match["field"], data[at + BLOCK : at + BLOCK + size]
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def encode_array(array: np.ndarray) -> bytes:
+    """An array as .npy bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """An array from .npy bytes; object arrays, which would be unpickled, raise ValueError."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def iterate_tar(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, fields by extension) of every sample of a tar in order: regular files with plain names only."""
+    import tarfile
+
+    key, fields = "", {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            match = MEMBER.match(member.name)
+            if not member.isreg() or match is None:
+                raise CorruptSample(f"{path}: unexpected member {member.name!r}")
+            if match["key"] != key and fields:
+                yield key, fields
+                fields = {}
+            key = match["key"]
+            fields[match["field"]] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    if fields:
+        yield key, fields

@@ -1,0 +1,314 @@
+"""The stages, what each one reads and what decides it; and for a configuration, what is done and what is left to do.
+
+    filter_metadata -> download -> filter_images -> precompute_latents -> train -> generate -> evaluate
+                                            \\-> train_autoencoder (when the autoencoder is not given)
+
+A stage is handed only the sections that it declares, so its fingerprint cannot lie about what decides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import Config, ConfigError, plain, section
+from pipelines.manifest import (
+    Record,
+    StageFolder,
+    StaleError,
+    canonical,
+    edition_digest,
+    fingerprint,
+    sha256_bytes,
+    sha256_file,
+    shard_name,
+)
+from pipelines.settings import ClusterConfig, TrackingConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Settings that name a file: they count by its content.
+FILES = ("autoencoder.weights", "text_encoder.vocabulary")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage runs, what it reads and what decides it.
+
+    kind "table" makes shards from the whole set at once, "shards" makes shard n from shard n of what it reads, "whole"
+    makes one result. `grows` names settings of which more extends a finished result instead of changing it. A stage that
+    is `many` keeps one folder for each fingerprint, so that other settings never meet a refusal.
+    """
+
+    kind: str
+    reads: tuple[str, ...]
+    settings: tuple[str, ...]
+    version: int = 1  # raised by hand when the stage's output changes for equal settings
+    grows: tuple[str, ...] = ()
+    many: bool = False
+
+
+STAGES = {
+    "filter_metadata": Stage(
+        "table", (), ("dataset.source", "dataset.sample_web", "dataset.filter_metadata")),
+    "download": Stage(
+        "shards", ("filter_metadata",), ("dataset.download",)),
+    "filter_images": Stage(
+        "shards", ("download",), ("dataset.filter_images",)),
+    "train_autoencoder": Stage(
+        "whole", ("download", "filter_images"), ("autoencoder.network", "autoencoder_training")),
+    "precompute_latents": Stage(
+        "shards", ("download", "filter_images"),
+        ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights")),
+    "train": Stage(
+        "whole", ("filter_metadata", "filter_images", "precompute_latents"),
+        ("dataset.selection", "autoencoder.scale_factor", "text_encoder", "unet", "diffusion", "training"),
+        grows=("training.max_steps",)),
+    "generate": Stage(
+        "whole", ("train",), ("generation", "autoencoder"), many=True),
+    "evaluate": Stage(
+        "whole", ("generate", "train", "precompute_latents"), ("evaluation",), many=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class How:
+    """How a stage is run; nothing here may change a byte that it writes."""
+
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    connect: str | None  # address and port that stand in for every host of the data set
+    run: str  # folder of the run, absolute
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage with everything that it may know."""
+
+    stage: str
+    what: dict[str, Any]  # dotted section -> its settings
+    fingerprint: str
+    output: StageFolder
+    inputs: dict[str, StageFolder]
+    how: How
+
+
+@dataclass
+class Status:
+    """Where a stage stands."""
+
+    job: Job
+    done: bool = False
+    todo: list[int] = field(default_factory=list)  # shards still to make, in order (kind "shards" only)
+    records: dict[int, Record] = field(default_factory=dict)  # committed shards
+    funnel: dict[str, Any] | None = None  # {rows, samples, dropped} once done
+    digest: str | None = None  # identity of the closed output
+
+
+def check_stage_name(name: str) -> None:
+    """Raises ConfigError listing the stages when there is none of this name."""
+    if name not in STAGES:
+        raise ConfigError(f"no such stage: {name!r}; there are: {', '.join(STAGES)}")
+
+
+def weights_path(weights: str) -> Path:
+    """A file of weights or a vocabulary; relative paths start at the project's folder."""
+    path = Path(weights) if Path(weights).is_absolute() else ROOT / weights
+    if not path.is_file():
+        raise ConfigError(f"no file at {path} (given as {weights!r})")
+    return path
+
+
+def reads(config: Config, stage: str) -> tuple[str, ...]:
+    """What a stage reads under this configuration: an autoencoder that is not given comes from its stage."""
+    own = STAGES[stage].reads
+    if config.autoencoder.weights is None and stage in ("precompute_latents", "generate"):
+        return (*own, "train_autoencoder")
+    return own
+
+
+def what_of(config: Config, stage: str) -> dict[str, Any]:
+    """The settings that decide a stage, as plain values; files count by their content, never by their path."""
+    what = {path: _by_content(plain(section(config, path)), path) for path in STAGES[stage].settings}
+    for path in STAGES[stage].grows:
+        head, _, leaf = path.rpartition(".")
+        what[head] = {key: value for key, value in what[head].items() if key != leaf}
+    return what
+
+
+def _by_content(value: Any, path: str) -> Any:
+    """A section with every file in it replaced by the hash of what the file holds."""
+    if isinstance(value, dict):
+        return {key: _by_content(item, f"{path}.{key}") for key, item in value.items()}
+    if path in FILES and value is not None:
+        return sha256_file(weights_path(value))
+    return value
+
+
+class Dag:
+    """A configuration held against the disk: for each stage its job and its status."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.fingerprints: dict[str, str] = {}
+        for name, stage in STAGES.items():
+            inputs = {read: self.fingerprints[read] for read in reads(config, name)}
+            self.fingerprints[name] = fingerprint(name, stage.version, what_of(config, name), inputs)
+        self.statuses: dict[str, Status] = {}
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.paths.outputs).absolute() / self.config.name
+
+    def wanted(self) -> list[str]:
+        """The stages that the configuration asks for, in order."""
+        if self.config.stage:
+            return [self.config.stage.name]
+        return [name for name in STAGES if name != "train_autoencoder" or self.config.autoencoder.weights is None]
+
+    def refresh(self, stage: str) -> Status:
+        """Reads a stage's status, and that of all it reads, from the disk. Raises StaleError on other settings or inputs."""
+        for read in reads(self.config, stage):
+            if read not in self.statuses:
+                self.refresh(read)
+        self.statuses[stage] = self._status(stage)
+        return self.statuses[stage]
+
+    def job(self, stage: str) -> Job:
+        """The job of a stage, reading from the folders of the stages before it (in their current state)."""
+        config = self.config
+        return Job(
+            stage=stage,
+            what={path: section(config, path) for path in STAGES[stage].settings},
+            fingerprint=self.fingerprints[stage],
+            output=self._folder(stage),
+            inputs={read: self.statuses[read].job.output for read in reads(config, stage)},
+            how=How(config.cluster, config.tracking, config.dataset.connect, str(self.run_folder)),
+        )
+
+    def plan(self, stage: str) -> dict[str, Any]:
+        """What plan.json holds: only what inputs decide."""
+        return {
+            "stage": stage,
+            "version": STAGES[stage].version,
+            "fingerprint": self.fingerprints[stage],
+            "what": what_of(self.config, stage),
+            "reads": {read: self.fingerprints[read] for read in reads(self.config, stage)},
+        }
+
+    def planned(self, stage: str) -> list[int]:
+        """The shards that a stage of kind "shards" shall make: those of what it reads, as far as they are known."""
+        first = reads(self.config, stage)[0]
+        if STAGES[first].kind == "shards":
+            return self.planned(first)
+        return sorted(self.statuses[first].records) if self.statuses[first].done else []
+
+    def _folder(self, stage: str) -> StageFolder:
+        """A stage's folder: of this run or of the run that paths.reuse names; one for each fingerprint where it is many."""
+        outputs = Path(self.config.paths.outputs).absolute()
+        path = outputs / self.config.paths.reuse.get(stage, self.config.name) / stage
+        if STAGES[stage].many:
+            digests = {read: self.statuses[read].digest for read in reads(self.config, stage)}
+            path /= sha256_bytes(canonical({"fingerprint": self.fingerprints[stage], "inputs": digests}))[:8]
+        return StageFolder(path, stage)
+
+    def _status(self, stage: str) -> Status:
+        job = self.job(stage)
+        plan = job.output.read_plan()
+        whole = STAGES[stage].kind == "whole"
+        if plan is None:
+            return Status(job, todo=self.planned(stage) if STAGES[stage].kind == "shards" else [])
+        if plan["fingerprint"] != job.fingerprint:
+            raise StaleError(self._refusal(job, plan))
+        return self._whole_status(job) if whole else self._shards_status(job)
+
+    def _inputs_done(self, stage: str) -> bool:
+        return all(self.statuses[read].done for read in reads(self.config, stage))
+
+    def _whole_status(self, job: Job) -> Status:
+        record = job.output.record()
+        if record is None or not self._inputs_done(job.stage):
+            return Status(job)
+        digests = {read: self.statuses[read].digest for read in reads(self.config, job.stage)}
+        _check_record(job, record, digests)
+        grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
+        funnel = {"rows": record.rows, "samples": record.samples, "dropped": record.dropped}
+        return Status(job, grown, funnel=funnel, digest=record.digest)
+
+    def _shards_status(self, job: Job) -> Status:
+        records = job.output.committed()
+        for shard, record in records.items():
+            _check_record(job, record, self._shard_inputs(job.stage, shard))
+        todo = []
+        if STAGES[job.stage].kind == "shards":
+            todo = [shard for shard in self.planned(job.stage) if shard not in records]
+        manifest = job.output.manifest()
+        if manifest is None or todo or not self._inputs_done(job.stage):
+            return Status(job, False, todo, records)
+        if manifest["digest"] != edition_digest([record.digest for record in records.values()]):
+            raise StaleError(f"{job.output / 'manifest.parquet'} does not list the shards that lie beside it; {_ways_out(job.stage)}")
+        return Status(job, True, [], records, manifest["funnel"], manifest["digest"])
+
+    def _shard_inputs(self, stage: str, shard: int) -> dict[str, str]:
+        """The digests that the inputs of a shard have now."""
+        digests = {}
+        for read in reads(self.config, stage):
+            status = self.statuses[read]
+            if STAGES[read].kind == "whole":
+                digests[read] = status.digest or ""
+            elif shard in status.records:
+                digests[f"{read}/{shard_name(shard)}"] = status.records[shard].digest
+        return digests
+
+    def _refusal(self, job: Job, plan: dict[str, Any]) -> str:
+        """Names the difference between what lies there and what is asked for, and every way out."""
+        now = self.plan(job.stage)
+        differences = _differences(plan["what"], now["what"], "")
+        differences += [
+            f"{read}, which it reads, has other settings too" for read, value in now["reads"].items()
+            if plan["reads"].get(read) != value
+        ]
+        if plan["version"] != now["version"]:
+            differences.append(f"version of the stage: {plan['version']} there, {now['version']} now")
+        lines = "\n".join(f"  {difference}" for difference in differences)
+        return f"{job.stage} in {job.output.path} was made from other settings:\n{lines}\n{_ways_out(job.stage)}"
+
+
+def _check_record(job: Job, record: Record, digests: dict[str, str | None]) -> None:
+    """A record counts only if its fingerprint, its files and the digests of its inputs are those of now."""
+    path = job.output.record_path(record.shard)
+    shards = None if record.shard is None else [record.shard]
+    if record.fingerprint != job.fingerprint:
+        raise StaleError(f"{path} was made from other settings than its plan; {_ways_out(job.stage)}", shards)
+    for name, digest in digests.items():
+        if record.inputs.get(name) != digest:
+            raise StaleError(
+                f"{path} was made from {name} with digest {str(record.inputs.get(name))[:12]}, "
+                f"which now has {str(digest)[:12]}; {_ways_out(job.stage)}", shards,
+            )
+    if missing := job.output.missing_files(record):
+        raise StaleError(
+            f"{path} names files that are absent or have another size: {', '.join(missing[:5])}; {_ways_out(job.stage)}", shards,
+        )
+
+
+def _differences(there: Any, now: Any, path: str) -> list[str]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*there, *now}):
+            found += _differences(there.get(key), now.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if there == now else [f"{path}: {there!r} there, {now!r} now"]
+
+
+def _ways_out(stage: str) -> str:
+    return (
+        "ways out: name=OTHER makes a new run beside it; the old values read it as it is; "
+        f"+stage={stage} overwrite=true deletes what is stale and makes it again"
+    )
+
+
+def connected(job: Job, address: str | None) -> Job:
+    """The job with the address that stands in for the hosts of its data set."""
+    return replace(job, how=replace(job.how, connect=address))
