@@ -29,7 +29,7 @@ from pipelines.settings import ClusterConfig, TrackingConfig
 ROOT = Path(__file__).resolve().parent.parent
 
 # Settings that name a file: they count by its content.
-FILES = ("autoencoder.weights", "text_encoder.vocabulary")
+FILES = ("autoencoder.weights", "text_encoder.weights", "text_encoder.vocab_file")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Resources:
 
     num_cpus: float
     num_gpus: float
-    in_flight: int
+    in_flight: int  # shards, or 1 for a stage that makes one result
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class ClusterConfig:
     filter_images: Resources
     precompute_latents: Resources
     train: TrainResources
-    generate_threads: int  # processor threads of generate, evaluate and train_autoencoder
+    whole: Resources  # generate, evaluate and train_autoencoder
+    whole_threads: int  # processor threads of those three
     checkpoint_every_steps: int
     keep_checkpoints: int
 
@@ -76,3 +77,12 @@ class ClusterConfig:
 class PathsConfig:
     outputs: str  # folder of all runs
     reuse: dict[str, str]  # stage -> name of another run whose finished stage is read instead
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    enabled: bool  # false only keeps the journal; `python -m pipelines.sync` sends it later
+    uri: str | None  # MLflow server or database; null is a sqlite file beside the runs, <outputs>/mlflow.db
+    experiment: str  # name under which MLflow groups the runs
+    interval_seconds: float  # pause between two looks at the journal
+    flush_seconds: float  # how long the end of a run waits for what has not been sent

@@ -1,0 +1,191 @@
+"""Where the work happens: Ray. It executes and remembers nothing that matters; the disk is the truth.
+
+`stream` sends shards through a chain of stages: shard 7 is encoded while shard 9 is still being downloaded, each stage on
+its own kind of resource, a bounded number in flight. `run_once` runs a stage that makes one result. `launch_training`
+starts a group of training workers. Tasks are handed names and paths, never pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.dag import Job
+from pipelines.manifest import Record
+from pipelines.settings import ClusterConfig, Resources, TrainResources
+
+# Ray reads these when it is imported or started. No statistics are sent, no environment is rebuilt by uv, and Ray
+# leaves the visible GPUs alone for tasks that ask for none.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    "RAY_DEDUP_LOGS": "0",
+}
+SYSTEM_RETRIES = 3  # a crash of a worker or a node, not an error in a shard
+
+
+class ShardsFailed(RuntimeError):
+    """Some shards failed; the others are committed."""
+
+
+@contextmanager
+def connect(config: ClusterConfig) -> Iterator[None]:
+    """A connection to the cluster, or a Ray of our own that ends with the block."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    local = config.address == "local"
+    sizes = {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes, "include_dashboard": False}
+    ray.init(address=config.address, log_to_driver=False, logging_level="error", configure_logging=True,
+             **(sizes if local else {}))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class Step:
+    """One stage of a stream: its job, the shards that it still has to make, and what one worker takes."""
+
+    job: Job
+    resources: Resources
+    todo: set[int]
+    waiting: deque[int] = field(default_factory=deque)
+    running: int = 0
+    actors: list[Any] = field(default_factory=list)
+
+
+def _stage_module(stage: str) -> Any:
+    return importlib.import_module(f"pipelines.stages.{stage}")
+
+
+def _run_shard(job: Job, shard: int) -> Record:
+    return _stage_module(job.stage).run_shard(job, shard)
+
+
+def _run_whole(job: Job) -> Record:
+    return _stage_module(job.stage).run(job)
+
+
+def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Record], None]) -> None:
+    """Sends shards through the steps in order and calls `on_record` for each shard that a step has committed.
+
+    Later steps go first, so that work drains. An error in a shard lets all other shards finish and then raises
+    ShardsFailed with the count and the first cause; a crashed worker or node is retried.
+    """
+    import ray
+
+    running: dict[Any, tuple[int, int, Any]] = {}
+    failed: list[tuple[str, int, Exception]] = []
+    steps[0].waiting.extend(shards)
+    while True:
+        for i in reversed(range(len(steps))):
+            _submit(steps, i, running)
+        if not running:
+            break
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        i, shard, actor = running.pop(done)
+        step = steps[i]
+        step.running -= 1
+        if actor is not None:
+            step.actors.append(actor)
+        try:
+            on_record(step.job.stage, ray.get(done))
+        except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.RayActorError,
+                ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            failed.append((step.job.stage, shard, error))
+            continue
+        if i + 1 < len(steps):
+            steps[i + 1].waiting.append(shard)
+    if failed:
+        raise _failure(failed)
+
+
+def _submit(steps: list[Step], i: int, running: dict[Any, tuple[int, int, Any]]) -> None:
+    """Starts what a step may start; shards that it has already made go straight on."""
+    step = steps[i]
+    while step.waiting and step.running < step.resources.in_flight:
+        shard = step.waiting.popleft()
+        if shard not in step.todo:
+            if i + 1 < len(steps):
+                steps[i + 1].waiting.append(shard)
+            continue
+        reference, actor = _start(step, shard)
+        running[reference] = (i, shard, actor)
+        step.running += 1
+        # The step after this one may have been given shards above; it is visited again before the next wait.
+
+
+def _start(step: Step, shard: int) -> tuple[Any, Any]:
+    """One shard on a task, or on an idle actor where the stage has a Worker that holds a model."""
+    import ray
+
+    needs = {"num_cpus": step.resources.num_cpus, "num_gpus": step.resources.num_gpus}
+    worker = getattr(_stage_module(step.job.stage), "Worker", None)
+    if worker is None:
+        return ray.remote(_run_shard).options(max_retries=SYSTEM_RETRIES, **needs).remote(step.job, shard), None
+    if not step.actors:
+        step.actors.append(
+            ray.remote(worker).options(max_restarts=-1, max_task_retries=SYSTEM_RETRIES, **needs).remote(step.job)
+        )
+    actor = step.actors.pop()
+    return actor.run_shard.remote(shard), actor
+
+
+def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:
+    stage, shard, error = failed[0]
+    cause = getattr(error, "cause", None) or error
+    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    return ShardsFailed(
+        f"{stage}: shard {shard}{others} failed; all other shards are committed, and the same command goes on from "
+        f"there. First cause: {type(cause).__name__}: {cause}"
+    )
+
+
+def run_once(job: Job, resources: Resources) -> Record:
+    """Runs a stage that makes one result, on one worker of the cluster."""
+    import ray
+
+    needs = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+    return ray.get(ray.remote(_run_whole).options(max_retries=0, max_calls=1, **needs).remote(job))
+
+
+def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources,
+                    scratch: Path) -> None:
+    """Runs `worker(arguments)` in a group of processes that share a torch.distributed group, one for each GPU.
+
+    Ray Train is never handed a checkpoint: it restarts the function, which finds the newest committed one itself.
+    `scratch` is a folder that all nodes see; Ray Train keeps its own notes there while the group runs.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    name = uuid.uuid4().hex[:12]
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.num_gpus > 0,
+            resources_per_worker={"CPU": resources.num_cpus, "GPU": resources.num_gpus},
+        ),
+        run_config=RunConfig(name=name, storage_path=str(scratch),
+                             failure_config=FailureConfig(max_failures=resources.max_failures)),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(scratch / name, ignore_errors=True)
