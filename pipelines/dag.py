@@ -204,10 +204,12 @@ class Dag:
             return self.planned(first)
         return sorted(self.statuses[first].records) if self.statuses[first].done else []
 
+    def home(self, stage: str) -> Path:
+        """Where a stage's results lie: in this run, or in the run that paths.reuse names for it."""
+        return Path(self.config.paths.outputs).absolute() / self.config.paths.reuse.get(stage, self.config.name) / stage
+
     def _folder(self, stage: str) -> StageFolder:
-        """A stage's folder: of this run or of the run that paths.reuse names; one for each fingerprint where it is many."""
-        outputs = Path(self.config.paths.outputs).absolute()
-        path = outputs / self.config.paths.reuse.get(stage, self.config.name) / stage
+        path = self.home(stage)
         if STAGES[stage].many:
             digests = {read: self.statuses[read].digest for read in reads(self.config, stage)}
             path /= sha256_bytes(canonical({"fingerprint": self.fingerprints[stage], "inputs": digests}))[:8]
@@ -220,7 +222,7 @@ class Dag:
         if plan is None:
             return Status(job, todo=self.planned(stage) if STAGES[stage].kind == "shards" else [])
         if plan["fingerprint"] != job.fingerprint:
-            raise StaleError(self._refusal(job, plan))
+            raise StaleError(self._refusal(job, plan), job.output)
         return self._whole_status(job) if whole else self._shards_status(job)
 
     def _inputs_done(self, stage: str) -> bool:
@@ -247,7 +249,8 @@ class Dag:
         if manifest is None or todo or not self._inputs_done(job.stage):
             return Status(job, False, todo, records)
         if manifest["digest"] != edition_digest([record.digest for record in records.values()]):
-            raise StaleError(f"{job.output / 'manifest.parquet'} does not list the shards that lie beside it; {_ways_out(job.stage)}")
+            message = f"{job.output / 'manifest.parquet'} does not list the shards beside it; {_ways_out(job.stage)}"
+            raise StaleError(message, job.output, [])
         return Status(job, True, [], records, manifest["funnel"], manifest["digest"])
 
     def _shard_inputs(self, stage: str, shard: int) -> dict[str, str]:
@@ -280,16 +283,17 @@ def _check_record(job: Job, record: Record, digests: dict[str, str | None]) -> N
     path = job.output.record_path(record.shard)
     shards = None if record.shard is None else [record.shard]
     if record.fingerprint != job.fingerprint:
-        raise StaleError(f"{path} was made from other settings than its plan; {_ways_out(job.stage)}", shards)
+        raise StaleError(f"{path} was made from other settings than its plan; {_ways_out(job.stage)}", job.output, shards)
     for name, digest in digests.items():
         if record.inputs.get(name) != digest:
             raise StaleError(
                 f"{path} was made from {name} with digest {str(record.inputs.get(name))[:12]}, "
-                f"which now has {str(digest)[:12]}; {_ways_out(job.stage)}", shards,
+                f"which now has {str(digest)[:12]}; {_ways_out(job.stage)}", job.output, shards,
             )
     if missing := job.output.missing_files(record):
         raise StaleError(
-            f"{path} names files that are absent or have another size: {', '.join(missing[:5])}; {_ways_out(job.stage)}", shards,
+            f"{path} names files that are absent or have another size: {', '.join(missing[:5])}; {_ways_out(job.stage)}",
+            job.output, shards,
         )
 
 

@@ -32,11 +32,11 @@ ATTEMPTS = ".attempts"
 
 
 class StaleError(RuntimeError):
-    """What lies on disk was made from something else than what is asked for now; `shards` names which (None: all)."""
+    """What lies in a stage's folder was made from something else than what is asked for now; `shards` says which (None: all)."""
 
-    def __init__(self, message: str, shards: list[int] | None = None) -> None:
+    def __init__(self, message: str, folder: StageFolder, shards: list[int] | None = None) -> None:
         super().__init__(message)
-        self.shards = shards
+        self.folder, self.shards = folder, shards
 
 
 def canonical(value: Any) -> bytes:

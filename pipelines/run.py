@@ -1,0 +1,328 @@
+"""Runs one stage, or whatever of the whole DAG is missing.
+
+    python -m pipelines.run                              what is missing or half done, and nothing else
+    python -m pipelines.run +stage=precompute_latents    that stage alone
+    python -m pipelines.run +experiment=smoke            a named configuration
+    python -m pipelines.run training.max_steps=5000      another value
+    python -m pipelines.run --show                       the composed configuration, without running anything
+
+`+` chooses what to run, `=` overrides a value. Everything is checked before the first stage starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
+from pipelines.dag import ROOT, STAGES, Dag, Status, check_stage_name, connected, reads, what_of
+from pipelines.lock import LockedError, lock
+from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json
+
+NO_SUCH_INPUT = 2  # exit code of everything that the caller can mend
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0 done, 1 a stage failed, 2 the request does not fit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(usage())
+        return 0
+    try:
+        overrides = normalise([argument for argument in arguments if argument != "--show"])
+        if "--show" in arguments:
+            print(json.dumps(compose_plain(overrides), indent=2, ensure_ascii=False))
+            return 0
+        return run(compose(overrides), " ".join(arguments))
+    except (ConfigError, StaleError, LockedError, FileNotFoundError) as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return NO_SUCH_INPUT
+    except RuntimeError as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return 1
+
+
+def usage() -> str:
+    lines = [__doc__ or "", "stages, in order:"]
+    lines += [f"  {name:<20} {_first_comment('stage', name)}" for name in STAGES]
+    lines += ["", "experiments:"]
+    lines += [f"  {name:<20} {_first_comment('experiment', name)}" for name in options("experiment")]
+    return "\n".join(lines)
+
+
+def _first_comment(group: str, name: str) -> str:
+    first = (ROOT / "conf" / group / f"{name}.yaml").read_text().splitlines()
+    return next((line.lstrip("# ") for line in first if line.startswith("#") and "@package" not in line), "")
+
+
+def normalise(arguments: list[str]) -> list[str]:
+    """Lets `stage=x` and `experiment=x` do without their plus sign; checks the stage's name at once."""
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key == "stage":
+            check_stage_name(value)
+        overrides.append(f"+{key}={value}" if key in ("stage", "experiment") else argument)
+    # The experiment first: what is said beside it has the last word.
+    return sorted(overrides, key=lambda override: not override.startswith("+experiment="))
+
+
+def run(config: Config, command: str) -> int:
+    """Brings every wanted stage up to date."""
+    dag = Dag(config)
+    wanted = dag.wanted()
+    with ExitStack() as stack:
+        statuses = _statuses(dag, wanted, stack)
+        if all(status.done for status in statuses.values()):
+            print(summary(dag, wanted))
+            print("Everything is up to date.")
+            return 0
+        _check_inputs_present(dag, wanted)
+        for stage in wanted:
+            if not statuses[stage].done:
+                _hold(dag, stage, stack)
+        _run_stages(dag, wanted, command, stack)
+    print(summary(dag, wanted))
+    print(pointers(dag))
+    return 0
+
+
+def _statuses(dag: Dag, wanted: list[str], stack: ExitStack) -> dict[str, Status]:
+    """The status of every wanted stage; with overwrite=true what is stale of them is deleted first, under its lock."""
+    statuses: dict[str, Status] = {}
+    for stage in wanted:
+        while stage not in statuses:
+            try:
+                statuses[stage] = dag.refresh(stage)
+            except StaleError as error:
+                if not dag.config.overwrite or error.folder.stage not in wanted:
+                    raise
+                _hold(dag, error.folder.stage, stack)
+                print(f"overwrite=true: deleting what is stale in {error.folder.path}")
+                error.folder.clear(error.shards)
+    return statuses
+
+
+_held: set[Path] = set()
+
+
+def _hold(dag: Dag, stage: str, stack: ExitStack) -> None:
+    """Takes the lock of a stage's folder until the run ends."""
+    folder = dag.home(stage)
+    if folder not in _held:
+        stack.enter_context(lock(folder / "lock", f"{stage} of {dag.config.name}"))
+        _held.add(folder)
+        stack.callback(_held.discard, folder)
+
+
+def _check_inputs_present(dag: Dag, wanted: list[str]) -> None:
+    """A stage that runs alone needs its input: at least a shard of it, or all of it where it makes one result."""
+    for stage in wanted:
+        for read in reads(dag.config, stage):
+            status = dag.statuses[read]
+            if read in wanted or status.done or (STAGES[stage].kind == "shards" and status.records):
+                continue
+            raise ConfigError(
+                f"{stage} reads {read}, which is not there yet in {dag.home(read)}; "
+                f"make it with: python -m pipelines.run +stage={read} name={dag.config.name}"
+            )
+
+
+def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> None:
+    from pipelines import cluster, report
+    from pipelines.tracking import Tracker
+
+    tracker = stack.enter_context(Tracker.open(dag.config.tracking, dag.run_folder))
+    tracker.run.params(plain(dag.config))
+    tracker.run.tags({"code_version": code_version(), "command": command, "host": socket.gethostname()})
+    stack.enter_context(cluster.connect(dag.config.cluster))
+    for group in groups(wanted):
+        open_stages = [stage for stage in group if not dag.refresh(stage).done]
+        if not open_stages:
+            continue
+        for stage in open_stages:
+            _prepare(dag, stage)
+        if STAGES[group[0]].kind == "shards":
+            _run_stream(dag, open_stages, tracker, command)
+        else:
+            _run_one(dag, open_stages[0], tracker, command)
+    funnel = [row for row in funnel_rows(dag, wanted)]
+    tracker.run.table("funnel", funnel)
+    if "evaluate" in wanted:
+        tracker.run.artifact(report.write_report(dag.run_folder))
+
+
+def groups(wanted: list[str]) -> Iterator[list[str]]:
+    """Stages that run together: neighbours of kind "shards" stream, all others run alone."""
+    group: list[str] = []
+    for stage in wanted:
+        if group and not STAGES[stage].kind == STAGES[group[-1]].kind == "shards":
+            yield group
+            group = []
+        group.append(stage)
+    if group:
+        yield group
+
+
+def _prepare(dag: Dag, stage: str) -> None:
+    """Sweeps what crashed attempts left, and writes the plan of a stage that begins."""
+    folder = dag.statuses[stage].job.output
+    folder.sweep()
+    if folder.read_plan() is None:
+        folder.write_plan(dag.plan(stage))
+
+
+def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None:
+    """Streams shards through neighbouring stages and closes those whose input is closed."""
+    from pipelines import cluster, sample_web
+
+    first_input = reads(dag.config, stages[0])[0]
+    shards = sorted(dag.statuses[first_input].records) if first_input in dag.statuses else []
+    with ExitStack() as stack:
+        journals = {stage: stack.enter_context(_tracked(dag, stage, tracker)) for stage in stages}
+        notes = {stage: stack.enter_context(_noted(dag, stage, command)) for stage in stages}
+        address = dag.config.dataset.connect
+        if "download" in stages:
+            address = stack.enter_context(sample_web.serving(dag.config.dataset))
+        steps = []
+        for stage in stages:
+            job = connected(dag.statuses[stage].job, address)
+            made = set(dag.statuses[stage].records)
+            steps.append(cluster.Step(job, getattr(dag.config.cluster, stage), set(shards) - made))
+
+        def committed(stage: str, record: Record) -> None:
+            notes[stage]["shards"] += 1
+            notes[stage]["finished"] = time.time()
+            journals[stage].metrics({"data/samples": record.samples, "data/rows": record.rows}, step=record.shard)
+
+        cluster.stream(steps, shards, committed)
+        for stage in stages:
+            if _close(dag, stage):
+                _journal_funnel(dag, stage, journals[stage])
+
+
+def _close(dag: Dag, stage: str) -> bool:
+    """Writes the manifest once nothing is left to do and the input is closed. Returns whether it is closed now."""
+    status = dag.refresh(stage)
+    if status.done:
+        return True
+    inputs_closed = all(dag.statuses[read].done for read in reads(dag.config, stage))
+    if status.todo or not inputs_closed:
+        left = f"{len(status.todo)} shards are left" if status.todo else "its input is not closed"
+        print(f"{stage}: {len(status.records)} shards are committed; {left}, so it stays open")
+        return False
+    records = list(status.records.values())
+    status.job.output.close(status.job.fingerprint, records, sum_funnel(records))
+    dag.refresh(stage)
+    return True
+
+
+def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
+    """Runs a stage that is not streamed: on the driver where it launches others, else on a worker of the cluster."""
+    from pipelines import cluster
+
+    job = dag.statuses[stage].job
+    module = importlib.import_module(f"pipelines.stages.{stage}")
+    with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command):
+        if STAGES[stage].kind == "table":
+            funnel = module.run(job)
+            records = list(job.output.committed().values())
+            job.output.close(job.fingerprint, records, funnel)
+        elif stage == "train":
+            module.run(job, journal)
+        else:
+            cluster.run_once(job, dag.config.cluster.whole)
+        dag.refresh(stage)
+        _journal_funnel(dag, stage, journal)
+
+
+@contextmanager
+def _tracked(dag: Dag, stage: str, tracker: Any) -> Iterator[Any]:
+    params = what_of(dag.config, stage)
+    tags = {"fingerprint": dag.fingerprints[stage], "code_version": code_version()}
+    with tracker.stage(stage, params, tags) as journal:
+        for read in reads(dag.config, stage):
+            status = dag.statuses[read]
+            if status.digest:
+                journal.dataset(read, status.digest[:36], status.job.output.path)
+        yield journal
+
+
+def _journal_funnel(dag: Dag, stage: str, journal: Any) -> None:
+    funnel = dag.statuses[stage].funnel
+    if funnel:
+        journal.metrics({"funnel/rows": funnel["rows"], "funnel/samples": funnel["samples"],
+                         **{f"funnel/dropped/{reason}": count for reason, count in funnel["dropped"].items()}})
+        journal.table("funnel", [{"reason": reason, "count": count} for reason, count in
+                                 [("in", funnel["rows"]), *funnel["dropped"].items(), ("out", funnel["samples"])]])
+
+
+@contextmanager
+def _noted(dag: Dag, stage: str, command: str) -> Iterator[dict[str, Any]]:
+    """Appends when, where and by what code a stage ran to its run.json: everything that inputs do not decide."""
+    folder = dag.statuses[stage].job.output
+    note = {"started": time.time(), "finished": None, "shards": 0, "host": socket.gethostname(),
+            "code_version": code_version(), "command": command}
+    try:
+        yield note
+    finally:
+        note["finished"] = note["finished"] or time.time()
+        note["seconds"] = round(note["finished"] - note["started"], 1)
+        path = folder / "run.json"
+        runs = read_json(path)["runs"] if path.exists() else []
+        write_json(path, {"format": 1, "runs": [*runs, note]})
+
+
+def code_version() -> str:
+    """The commit of the checkout, with "+" when files differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return commit.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def funnel_rows(dag: Dag, wanted: list[str]) -> list[dict[str, Any]]:
+    """One row for each stage: in, out, dropped, seconds of work over all its runs."""
+    rows = []
+    for stage in wanted:
+        status = dag.statuses[stage]
+        note = status.job.output / "run.json"
+        runs = read_json(note)["runs"] if note.exists() else []
+        funnel = status.funnel or {"rows": 0, "samples": 0, "dropped": {}}
+        rows.append({
+            "stage": stage, "in": funnel["rows"], "out": funnel["samples"], "dropped": sum(funnel["dropped"].values()),
+            "seconds": round(sum(run["seconds"] for run in runs), 1), "done": status.done,
+        })  # fmt: skip
+    return rows
+
+
+def summary(dag: Dag, wanted: list[str]) -> str:
+    """The table that a run ends with."""
+    lines = [f"{'stage':<20}{'in':>10}{'out':>10}{'dropped':>10}{'seconds':>10}"]
+    for row in funnel_rows(dag, wanted):
+        open_note = "" if row["done"] else "   open"
+        lines.append(f"{row['stage']:<20}{row['in']:>10}{row['out']:>10}{row['dropped']:>10}{row['seconds']:>10}{open_note}")
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def pointers(dag: Dag) -> str:
+    """Where to look next, as far as it is there."""
+    from pipelines.tracking import page_command
+
+    places = [("pictures", "generate/grid.png"), ("figures", "evaluate/metrics.json"), ("report", "report.html")]
+    lines = [f"{label:<10}{dag.run_folder / name}" for label, name in places if (dag.run_folder / name).exists()]
+    return "\n".join([*lines, f"{'MLflow':<10}{page_command(dag.config.tracking, dag.run_folder)}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
