@@ -232,16 +232,20 @@ class Dag:
         record = job.output.record()
         if record is None or not self._inputs_done(job.stage):
             return Status(job)
-        digests = {read: self.statuses[read].digest for read in reads(self.config, job.stage)}
-        _check_record(job, record, digests)
+        digests = {read: self.statuses[read].digest or "" for read in reads(self.config, job.stage)}
+        if reason := _stale(job, record, digests):
+            raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
         funnel = {"rows": record.rows, "samples": record.samples, "dropped": record.dropped}
         return Status(job, grown, funnel=funnel, digest=record.digest)
 
     def _shards_status(self, job: Job) -> Status:
         records = job.output.committed()
-        for shard, record in records.items():
-            _check_record(job, record, self._shard_inputs(job.stage, shard))
+        stale = {shard: reason for shard, record in records.items()
+                 if (reason := _stale(job, record, self._shard_inputs(job.stage, shard)))}
+        if stale:
+            others = f" (and {len(stale) - 1} more shards like it)" if len(stale) > 1 else ""
+            raise StaleError(f"{next(iter(stale.values()))}{others}; {_ways_out(job.stage)}", job.output, list(stale))
         todo = []
         if STAGES[job.stage].kind == "shards":
             todo = [shard for shard in self.planned(job.stage) if shard not in records]
@@ -278,23 +282,18 @@ class Dag:
         return f"{job.stage} in {job.output.path} was made from other settings:\n{lines}\n{_ways_out(job.stage)}"
 
 
-def _check_record(job: Job, record: Record, digests: dict[str, str | None]) -> None:
-    """A record counts only if its fingerprint, its files and the digests of its inputs are those of now."""
+def _stale(job: Job, record: Record, digests: dict[str, str]) -> str:
+    """Says why a record does not count: its fingerprint, its files and its inputs' digests must be those of now."""
     path = job.output.record_path(record.shard)
-    shards = None if record.shard is None else [record.shard]
     if record.fingerprint != job.fingerprint:
-        raise StaleError(f"{path} was made from other settings than its plan; {_ways_out(job.stage)}", job.output, shards)
+        return f"{path} was made from other settings than its plan"
     for name, digest in digests.items():
         if record.inputs.get(name) != digest:
-            raise StaleError(
-                f"{path} was made from {name} with digest {str(record.inputs.get(name))[:12]}, "
-                f"which now has {str(digest)[:12]}; {_ways_out(job.stage)}", job.output, shards,
-            )
+            was = str(record.inputs.get(name))[:12]
+            return f"{path} was made from {name} with digest {was}, which now has {digest[:12]}"
     if missing := job.output.missing_files(record):
-        raise StaleError(
-            f"{path} names files that are absent or have another size: {', '.join(missing[:5])}; {_ways_out(job.stage)}",
-            job.output, shards,
-        )
+        return f"{path} names files that are absent or have another size: {', '.join(missing[:5])}"
+    return ""
 
 
 def _differences(there: Any, now: Any, path: str) -> list[str]:
