@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-
 from ldm.images import decode_rgb, resize_and_crop, to_tensor
-from ldm.models.autoencoder import Autoencoder, load_autoencoder
+from ldm.models.autoencoder import load_autoencoder
+
+from ldm.config import AutoencoderSettings
 from ldm.shards import ShardWriter, encode_array, iterate_tar
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
@@ -33,7 +34,7 @@ class Worker:
         self.job = job
         self.settings = job.what["dataset.precompute_latents"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.autoencoder = load_autoencoder(job.what["autoencoder.network"], _weights(job), self.device)
+        self.autoencoder = load_autoencoder(autoencoder_settings(job), self.device)
         if self.settings.channels_last:
             self.autoencoder.to(memory_format=torch.channels_last)
 
@@ -128,14 +129,8 @@ class Worker:
             )
 
 
-def _weights(job: Job) -> str:
-    """The file of the autoencoder's weights: given, or made by train_autoencoder."""
+def autoencoder_settings(job: Job) -> AutoencoderSettings:
+    """The autoencoder that a job's latents are made with: its weights are given, or made by train_autoencoder."""
     given = job.what["autoencoder.weights"]
-    if given is not None:
-        return str(weights_path(given))
-    return str(job.inputs["train_autoencoder"] / "autoencoder.safetensors")
-
-
-def load_job_autoencoder(job: Job, device: torch.device) -> Autoencoder:
-    """The autoencoder that a job's latents are made with."""
-    return load_autoencoder(job.what["autoencoder.network"], _weights(job), device)
+    path = weights_path(given) if given is not None else job.inputs["train_autoencoder"] / "autoencoder.safetensors"
+    return AutoencoderSettings(network=job.what["autoencoder.network"], weights=str(path), scale_factor=1.0)
