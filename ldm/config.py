@@ -1,0 +1,129 @@
+"""Every setting of the model half: frozen dataclasses without defaults, so that each value is written in conf/.
+
+They stand together here, away from torch, so that a wrong configuration is refused in a second or two; the code
+that a class configures names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CompvisConfig:
+    """Sizes of the paper's autoencoders, from high to low resolution: ldm/models/autoencoder.py."""
+
+    channels: int  # of the first level
+    channel_mult: list[int]  # channels of each level in multiples of that; each has half the resolution of the last
+    num_res_blocks: int  # in each level of the encoder; the decoder has one more
+    attention_factors: list[int]  # pixels per position, along a side, of the levels whose blocks end in attention
+    middle_attention: bool  # attention between the two blocks of the lowest resolution; false only in vq-f4-noattn
+    codes: int | None  # posterior "vq": entries of the codebook
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """An autoencoder's architecture; fields that its kind has no use for are null."""
+
+    kind: str  # "compvis": ldm/models/autoencoder.py; "tiny": ldm/models/tiny_autoencoder.py
+    posterior: str  # "kl": moments; "vq": quantised when decoding; "none": deterministic
+    factor: int  # pixels per latent, along each side
+    latent_channels: int  # channels of z
+    compvis: CompvisConfig | None  # kind "compvis"
+    # kind "tiny"; lists go from high to low resolution, each entry at half the resolution of the one before
+    image_low: float | None  # the network's own images lie in [image_low, 1]: -1, or 0 as TAESD has it
+    latent_clamp: float | None  # the decoder reads clamp * tanh(z / clamp), 3 in TAESD; null: z as it is
+    patch: int | None  # pixels, along each side, folded into channels at entry and unfolded at exit; 1: none
+    encoder_widths: list[int] | None  # channels of each level
+    encoder_blocks: list[int] | None  # residual blocks of each level
+    decoder_widths: list[int] | None  # channels of each level
+    decoder_blocks: list[int] | None  # residual blocks of each level
+    block_convs: int | None  # 3x3 convolutions in a block, 3 in TAESD
+    lowest_norm: bool | None  # blocks of the lowest level open with a group norm over the whole picture (TAEF2)
+
+
+@dataclass(frozen=True)
+class ClipTowerConfig:
+    """One frozen CLIP text tower: ldm/models/clip.py."""
+
+    width: int  # of the states
+    layers: int
+    heads: int
+    activation: str  # "quick_gelu" in the towers of OpenAI, "gelu" in those of OpenCLIP
+    skip_layers: int  # layers at the end that the context leaves out: 0 is the last state, 1 the one before it
+    final_norm: bool  # the context goes through the final norm, as in SD 1 and 2 and not in SDXL
+    projection: int | None  # width of the pooled output; null: the tower has none
+    pad: int  # token id after the end of a caption: 49407 in the towers of OpenAI, 0 in those of OpenCLIP
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Caption -> tokens (b, length) -> context (b, length, width); fields that its kind has no use for are null."""
+
+    kind: str  # "transformer": trained with the U-Net, ldm/models/text_encoder.py; "clip": frozen, ldm/models/clip.py
+    tokenizer: str | None  # "wordpiece", "bytes" or "clip": ldm/models/tokenizer.py; null: tokens come ready-made
+    vocab_file: str | None  # tokenizer "wordpiece": path of its vocabulary, one piece a line
+    vocab_sha256: str | None  # what that file must hold
+    vocab_size: int  # tokens
+    length: int  # tokens of a caption, padded or cut
+    width: int  # of the context; with several towers the sum of theirs
+    # kind "transformer"
+    layers: int | None
+    heads: int | None
+    head_width: int | None  # heads * head_width need not be width
+    # kind "clip"
+    towers: dict[str, ClipTowerConfig] | None  # name -> tower; their contexts are joined in this order
+    weights: str | None  # path of a safetensors file with the frozen towers; null: random, for tests
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net's architecture, in the words of the original configurations; null where a variant has no use for it."""
+
+    in_channels: int  # of z_t and the concatenated condition together
+    out_channels: int  # of the prediction; classes, in a classifier
+    model_channels: int  # of the first level
+    channel_mult: list[int]  # channels of each level as a multiple of model_channels; each level halves the sides
+    num_res_blocks: int  # in each level on the way down; one more on the way up
+    attention_resolutions: list[int]  # down-factors (not sides) of the levels that attend; the middle always does
+    num_heads: int | None  # heads of every attention; null: by num_head_channels
+    num_head_channels: int | None  # channels of a head; null: by num_heads
+    transformer_depth: list[int] | None  # of each level, cross-attention; the middle takes the last. null: AttentionBlock
+    context_dim: int | None  # width of the context; null: none is read
+    cross_only_resolutions: list[int]  # down-factors whose transformers have no self-attention (x4 upscaler)
+    linear_projections: bool  # into and out of transformers: linear (SD 2, SDXL) or convolutions, the same numbers
+    qkv_order: str  # AttentionBlock's channels: "head_first" (head, qkv, c), as released, or "qkv_first" (qkv, head, c)
+    scale_shift_norm: bool  # the timestep scales and shifts the second norm of a ResBlock, instead of being added
+    resblock_updown: bool  # levels are joined by ResBlocks, instead of by single convolutions
+    num_classes: int | None  # labels that are added to the timestep embedding
+    vector_dim: int | None  # width of the vector that is added to the timestep embedding (SDXL)
+    norm_groups: int  # groups of every group norm
+    dropout: float  # inside ResBlocks
+
+
+@dataclass(frozen=True)
+class LatentClassifierConfig:
+    """A classifier of noisy latents for classifier guidance: a U-Net's way down and an attention pool."""
+
+    encoder: UNetConfig  # out_channels are the classes
+    latent_size: int  # side of the latents, which the pool's positions fix
+
+
+@dataclass(frozen=True)
+class ClassEmbedderConfig:
+    """Class label -> one context token."""
+
+    classes: int  # including the null class, where there is one
+    width: int  # of the context
+
+
+@dataclass(frozen=True)
+class SpatialRescalerConfig:
+    """Picture-like condition -> concatenated condition at the latents' size."""
+
+    stages: int  # times that it is resized
+    method: str  # "nearest", "linear", "bilinear", "trilinear", "bicubic" or "area", of torch's interpolate
+    multiplier: float  # of the sides in each stage
+    in_channels: int  # of the condition
+    out_channels: int | None  # of a 1x1 convolution after the last stage; null: none
+    bias: bool  # of that convolution
