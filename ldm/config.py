@@ -88,7 +88,7 @@ class UNetConfig:
     attention_resolutions: list[int]  # down-factors (not sides) of the levels that attend; the middle always does
     num_heads: int | None  # heads of every attention; null: by num_head_channels
     num_head_channels: int | None  # channels of a head; null: by num_heads
-    transformer_depth: list[int] | None  # of each level, cross-attention; the middle takes the last. null: AttentionBlock
+    transformer_depth: list[int] | None  # of each level, the middle as the last; null: AttentionBlocks instead
     context_dim: int | None  # width of the context; null: none is read
     cross_only_resolutions: list[int]  # down-factors whose transformers have no self-attention (x4 upscaler)
     linear_projections: bool  # into and out of transformers: linear (SD 2, SDXL) or convolutions, the same numbers
