@@ -1,8 +1,8 @@
 """Where the work happens: Ray. It executes and remembers nothing that matters; the disk is the truth.
 
-`stream` sends shards through a chain of stages: shard 7 is encoded while shard 9 is still being downloaded, each stage on
-its own kind of resource, a bounded number in flight. `run_once` runs a stage that makes one result. `launch_training`
-starts a group of training workers. Tasks are handed names and paths, never pixels.
+`stream` sends shards through a chain of stages: shard 7 is encoded while shard 9 is still being downloaded, each
+stage on its own kind of resource, a bounded number in flight. `run_once` runs a stage that makes one result.
+`launch_training` starts a group of training workers. Tasks are handed names and paths, never pixels.
 """
 
 from __future__ import annotations

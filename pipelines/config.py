@@ -49,7 +49,7 @@ class DatasetConfig:
 
     source: SourceConfig
     sample_web: SampleWebConfig | None  # the embedded web that serves the pictures; null for the real one
-    connect: str | None  # how: address and port that stand in for every host of the data set; null asks the name service
+    connect: str | None  # how: address:port that stands in for every host of the data set; null asks the name service
     filter_metadata: FilterMetadataConfig
     download: DownloadConfig
     filter_images: FilterImagesConfig
@@ -117,7 +117,8 @@ def check_overrides(overrides: list[str]) -> None:
             problems.append(f"{override!r} is not an override; write KEY=VALUE, +stage=NAME or +experiment=NAME")
         elif "." not in key and (CONF / key).is_dir():
             if equals and value not in options(key):
-                problems.append(f"{key}={value}: no such {key}{_nearest(value, options(key))}; there are: {', '.join(options(key))}")
+                known = options(key)
+                problems.append(f"{key}={value}: no such {key}{_nearest(value, known)}; there are: {', '.join(known)}")
         elif unknown := _unknown_key(Config, key.split(".")):
             problems.append(f"{key}: {unknown}")
     if problems:

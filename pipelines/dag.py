@@ -36,9 +36,9 @@ FILES = ("autoencoder.weights", "text_encoder.weights", "text_encoder.vocab_file
 class Stage:
     """How a stage runs, what it reads and what decides it.
 
-    kind "table" makes shards from the whole set at once, "shards" makes shard n from shard n of what it reads, "whole"
-    makes one result. `grows` names settings of which more extends a finished result instead of changing it. A stage that
-    is `many` keeps one folder for each fingerprint, so that other settings never meet a refusal.
+    kind "table" makes shards from the whole set at once, "shards" makes shard n from shard n of what it reads,
+    "whole" makes one result. `grows` names settings of which more extends a finished result instead of changing it.
+    A stage that is `many` keeps one folder for each fingerprint, so that other settings never meet a refusal.
     """
 
     kind: str
@@ -168,7 +168,7 @@ class Dag:
         return [name for name in STAGES if name != "train_autoencoder" or self.config.autoencoder.weights is None]
 
     def refresh(self, stage: str) -> Status:
-        """Reads a stage's status, and that of all it reads, from the disk. Raises StaleError on other settings or inputs."""
+        """Reads a stage's status, and that of all it reads, from the disk. Raises StaleError on what does not match."""
         for read in reads(self.config, stage):
             if read not in self.statuses:
                 self.refresh(read)

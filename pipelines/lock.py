@@ -57,7 +57,7 @@ def _take(path: Path, holder: dict[str, object]) -> bool:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes the lock if its holder is gone. Rename has one winner; what was moved is checked against what was judged."""
+    """Removes the lock if its holder is gone. Rename has one winner; what was moved is held against what was judged."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         age, text = time.time() - path.stat().st_mtime, path.read_text()

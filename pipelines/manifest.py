@@ -9,7 +9,7 @@ The disk is the truth. A stage's folder holds
     run.json           when, where and by which code: everything that inputs do not decide
 
 A data file is written in a staging folder that is unique to the attempt, synced, hashed and renamed; its record
-follows in the same way. Whatever a crash leaves behind lies in `.attempts/` and is swept by the next holder of the lock.
+follows in the same way. Whatever a crash leaves behind lies in `.attempts/` and is swept by the next lock holder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ATTEMPTS = ".attempts"
 
 
 class StaleError(RuntimeError):
-    """What lies in a stage's folder was made from something else than what is asked for now; `shards` says which (None: all)."""
+    """What lies in a stage's folder was made from something else than is asked for; `shards` says which (None: all)."""
 
     def __init__(self, message: str, folder: StageFolder, shards: list[int] | None = None) -> None:
         super().__init__(message)
@@ -102,7 +102,7 @@ def check_format(value: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(stage: str, version: int, what: dict[str, Any], reads: dict[str, str]) -> str:
-    """Identity of what a stage makes: its name and version, the settings that decide it, the fingerprints that it reads."""
+    """Identity of what a stage makes: its name and version, the settings that decide it, the fingerprints it reads."""
     return sha256_bytes(canonical({"stage": stage, "version": version, "what": what, "reads": reads}))
 
 

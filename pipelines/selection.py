@@ -1,8 +1,8 @@
 """Which of the encoded samples are used: thresholds on stored scores, near-duplicates, the best per cent, removals.
 
 A selection is decided from the parquet files alone. It is read by `train` and later stages, never by
-`precompute_latents`: changing it downloads and encodes nothing. On disk it is one row for each shard, with a mask of one
-bit for each sample in the order of the latent shard:
+`precompute_latents`: changing it downloads and encodes nothing. On disk it is one row for each shard, with a mask of
+one bit for each sample in the order of the latent shard:
 
     shard, samples, used, mask
 """
@@ -37,7 +37,8 @@ def out_of_bounds(sample: dict[str, Any], settings: SelectionConfig) -> str:
     for score, (low, high) in settings.thresholds.items():
         if score not in sample:
             raise ValueError(
-                f"dataset.selection.thresholds names {score!r}, which is not stored; there are: {', '.join(sorted(sample))}"
+                f"dataset.selection.thresholds names {score!r}, which is not stored; "
+                f"there are: {', '.join(sorted(sample))}"
             )
         value = sample[score]
         if value is None or (low is not None and value < low) or (high is not None and value > high):
@@ -64,7 +65,9 @@ class NearDuplicates:
         return True
 
 
-def select(shards: Iterable[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig) -> tuple[dict[int, np.ndarray], Counter[str]]:
+def select(
+    shards: Iterable[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig
+) -> tuple[dict[int, np.ndarray], Counter[str]]:
     """(a mask for each shard, samples that are not used by reason); of near-duplicates the lowest key wins."""
     removed = set(Path(settings.removed).read_text().split()) if settings.removed else set()
     near = NearDuplicates(settings.near_duplicate_bits) if settings.near_duplicate_bits is not None else None
@@ -111,7 +114,9 @@ def read_selection(path: Path) -> dict[int, np.ndarray]:
             for row in pq.read_table(path).to_pylist()}
 
 
-def all_samples(metadata: StageFolder, images: StageFolder, shards: Iterable[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def all_samples(
+    metadata: StageFolder, images: StageFolder, shards: Iterable[int]
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(shard, what is known of its samples), shard by shard."""
     for shard in shards:
         yield shard, samples(metadata, images, shard)

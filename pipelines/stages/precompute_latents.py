@@ -67,7 +67,7 @@ class Worker:
                 psnrs += self._psnr(image, moments)[: self.settings.check_samples - len(psnrs)]
             stored = moments.to(torch.float16).cpu().numpy()
             if not np.isfinite(stored).all():
-                raise ValueError(f"shard {shard}: moments overflow fp16 or are not finite; first of the batch is {keys[0]}")
+                raise ValueError(f"shard {shard}: moments overflow fp16 or are not finite, in the batch from {keys[0]}")
             mean = stored[:, : self.autoencoder.latent_channels].astype(np.float64)
             total, squares, count = total + mean.sum(), squares + (mean**2).sum(), count + mean.size
             for key, caption, array in zip(keys, captions, stored, strict=True):

@@ -1,0 +1,115 @@
+"""Records and whole-or-nothing commits: nothing half-written is ever taken for whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.manifest import Record, StageFolder, fingerprint, read_record, sum_funnel, write_whole
+
+
+def commit(folder: StageFolder, shard: int, data: bytes = b"picture") -> Record:
+    with folder.attempt(shard, "f") as attempt:
+        (attempt.path / f"{shard:06d}.tar").write_bytes(data)
+        return attempt.commit(rows=3, samples=2, dropped={"http_404": 1}, inputs={"source": "d"})
+
+
+def test_a_commit_leaves_data_and_record_and_nothing_else(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "download", "download")
+    record = commit(folder, 42)
+    assert sorted(p.name for p in folder.path.iterdir()) == [".attempts", "000042.json", "000042.tar"]
+    assert list((folder.path / ".attempts").iterdir()) == []
+    assert folder.record(42) == record
+    assert folder.path.joinpath("000042.json").stat().st_size < 2048
+
+
+def test_a_record_that_loses_a_row_is_refused(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, "download")
+    with pytest.raises(ValueError, match="1 unaccounted for"), folder.attempt(0, "f") as attempt:
+        attempt.commit(rows=3, samples=1, dropped={"http_404": 1}, inputs={})
+    assert folder.record(0) is None
+
+
+def test_the_digest_is_of_content_and_not_of_settings(tmp_path: Path) -> None:
+    a, b = StageFolder(tmp_path / "a", "download"), StageFolder(tmp_path / "b", "download")
+    assert commit(a, 0).digest == commit(b, 0).digest
+    assert commit(a, 1, b"other").digest != commit(b, 1).digest
+
+
+@pytest.mark.parametrize("point, files", [("before_rename", []), ("before_record", ["000000.tar"]),
+                                          ("after_record", ["000000.json", "000000.tar"])])
+def test_a_kill_at_any_point_leaves_a_record_only_with_its_data(tmp_path: Path, point: str, files: list[str]) -> None:
+    code = (
+        "from tests.pipelines.test_manifest import commit; from pipelines.manifest import StageFolder; "
+        f"commit(StageFolder({str(tmp_path)!r}, 'download'), 0)"
+    )
+    died = subprocess.run([sys.executable, "-c", code], env={**os.environ, "LDM_CRASH_AT": point}, check=False)
+    assert died.returncode == 137
+    folder = StageFolder(tmp_path, "download")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == files
+    assert (folder.record(0) is not None) == (point == "after_record")
+    assert folder.sweep() == 1
+    assert commit(folder, 0).digest == commit(folder, 0).digest
+    assert list((tmp_path / ".attempts").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 2}', '{"format": 1, "stage": "x"}'])
+def test_a_damaged_record_is_an_error_and_never_absence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "000000.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="000000.json"):
+        read_record(path)
+
+
+def test_a_lost_or_shortened_file_is_noticed(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, "download")
+    record = commit(folder, 0)
+    assert folder.missing_files(record) == []
+    (tmp_path / "000000.tar").write_bytes(b"pic")
+    assert folder.missing_files(record) == ["000000.tar"]
+
+
+def test_the_manifest_lists_every_shard_and_sums_the_funnel(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, "download")
+    records = [commit(folder, shard, str(shard).encode()) for shard in range(3)]
+    digest = folder.close("f", records, sum_funnel(records))
+    manifest = folder.manifest()
+    assert manifest["digest"] == digest
+    assert manifest["funnel"] == {"rows": 9, "samples": 6, "dropped": {"http_404": 3}}
+    assert [row["digest"] for row in manifest["shards"]] == [record.digest for record in records]
+    again = StageFolder(tmp_path / "again", "download")
+    again.close("f", records, sum_funnel(records))
+    assert (tmp_path / "manifest.parquet").read_bytes() == (tmp_path / "again/manifest.parquet").read_bytes()
+
+
+def test_a_cut_manifest_is_an_error(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, "download")
+    folder.close("f", [commit(folder, 0)], {})
+    path = tmp_path / "manifest.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="not a manifest"):
+        folder.manifest()
+
+
+def test_a_fingerprint_moves_with_everything_that_decides() -> None:
+    base = fingerprint("download", 1, {"size": 1}, {"a": "b"})
+    assert base == fingerprint("download", 1, {"size": 1}, {"a": "b"})
+    others = [("train", 1, {"size": 1}, {"a": "b"}), ("download", 2, {"size": 1}, {"a": "b"}),
+              ("download", 1, {"size": 2}, {"a": "b"}), ("download", 1, {"size": 1}, {"a": "c"})]
+    assert base not in {fingerprint(*other) for other in others}
+
+
+def test_write_whole_keeps_the_old_file_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_whole(path, b"old")
+    code = (
+        "import resource, signal; from pipelines.manifest import write_whole; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_whole({str(path)!r}, b'x' * 5000)"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1 and "OSError" in failed.stderr
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
