@@ -80,6 +80,11 @@ def make_denoiser(
     spatial_rescaler: SpatialRescalerConfig | None = None,
 ) -> Denoiser:
     """A denoiser with random weights; an untrained U-Net predicts exactly 0."""
+    for section, encoder in (("text_encoder", text_encoder), ("class_embedder", class_embedder)):
+        if encoder is not None and encoder.width != unet.context_dim:
+            raise ValueError(
+                f"{section}.width is {encoder.width}, the context that it makes; unet.context_dim is {unet.context_dim}"
+            )
     return Denoiser(
         UNet(unet),
         None if text_encoder is None else make_text_encoder(text_encoder),
