@@ -62,21 +62,18 @@ class Step:
     job: Job
     resources: Resources
     todo: set[int]
+    module: str  # has run_shard(job, shard), or a class Worker(job) with run_shard(shard)
     waiting: deque[int] = field(default_factory=deque)
     running: int = 0
     actors: list[Any] = field(default_factory=list)
 
 
-def _stage_module(stage: str) -> Any:
-    return importlib.import_module(f"pipelines.stages.{stage}")
+def _run_shard(module: str, job: Job, shard: int) -> Record:
+    return importlib.import_module(module).run_shard(job, shard)
 
 
-def _run_shard(job: Job, shard: int) -> Record:
-    return _stage_module(job.stage).run_shard(job, shard)
-
-
-def _run_whole(job: Job) -> Record:
-    return _stage_module(job.stage).run(job)
+def _run_whole(module: str, job: Job) -> Record:
+    return importlib.import_module(module).run(job)
 
 
 def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Record], None]) -> None:
@@ -133,9 +130,10 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
     import ray
 
     needs = {"num_cpus": step.resources.num_cpus, "num_gpus": step.resources.num_gpus}
-    worker = getattr(_stage_module(step.job.stage), "Worker", None)
+    worker = getattr(importlib.import_module(step.module), "Worker", None)
     if worker is None:
-        return ray.remote(_run_shard).options(max_retries=SYSTEM_RETRIES, **needs).remote(step.job, shard), None
+        task = ray.remote(_run_shard).options(max_retries=SYSTEM_RETRIES, **needs)
+        return task.remote(step.module, step.job, shard), None
     if not step.actors:
         step.actors.append(
             ray.remote(worker).options(max_restarts=-1, max_task_retries=SYSTEM_RETRIES, **needs).remote(step.job)
@@ -154,12 +152,12 @@ def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:
     )
 
 
-def run_once(job: Job, resources: Resources) -> Record:
+def run_once(module: str, job: Job, resources: Resources) -> Record:
     """Runs a stage that makes one result, on one worker of the cluster."""
     import ray
 
     needs = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
-    return ray.get(ray.remote(_run_whole).options(max_retries=0, max_calls=1, **needs).remote(job))
+    return ray.get(ray.remote(_run_whole).options(max_retries=0, max_calls=1, **needs).remote(module, job))
 
 
 def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources,

@@ -196,7 +196,8 @@ def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None
         for stage in stages:
             job = connected(dag.statuses[stage].job, address)
             made = set(dag.statuses[stage].records)
-            steps.append(cluster.Step(job, getattr(dag.config.cluster, stage), set(shards) - made))
+            resources = getattr(dag.config.cluster, stage)
+            steps.append(cluster.Step(job, resources, set(shards) - made, f"pipelines.stages.{stage}"))
 
         def committed(stage: str, record: Record) -> None:
             notes[stage]["shards"] += 1
@@ -239,7 +240,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
         elif stage == "train":
             module.run(job, journal)
         else:
-            cluster.run_once(job, dag.config.cluster.whole)
+            cluster.run_once(module.__name__, job, dag.config.cluster.whole)
         dag.refresh(stage)
         _journal_funnel(dag, stage, journal)
 
