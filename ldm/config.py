@@ -22,6 +22,21 @@ class CompvisConfig:
 
 
 @dataclass(frozen=True)
+class TinyConfig:
+    """Sizes of a small autoencoder of plain convolutions, high to low resolution: ldm/models/tiny_autoencoder.py."""
+
+    image_low: float  # the network's own images lie in [image_low, 1]: -1, or 0 as TAESD has it
+    latent_clamp: float | None  # the decoder reads clamp * tanh(z / clamp), 3 in TAESD; null: z as it is
+    patch: int  # pixels, along each side, folded into channels at entry and unfolded at exit; 1: none
+    encoder_widths: list[int]  # channels of each level
+    encoder_blocks: list[int]  # residual blocks of each level
+    decoder_widths: list[int]  # channels of each level
+    decoder_blocks: list[int]  # residual blocks of each level
+    block_convs: int  # 3x3 convolutions in a block, 3 in TAESD
+    lowest_norm: bool  # blocks of the lowest level open with a group norm over the whole picture (TAEF2)
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """An autoencoder's architecture; fields that its kind has no use for are null."""
 
@@ -30,16 +45,7 @@ class AutoencoderConfig:
     factor: int  # pixels per latent, along each side
     latent_channels: int  # channels of z
     compvis: CompvisConfig | None  # kind "compvis"
-    # kind "tiny"; lists go from high to low resolution, each entry at half the resolution of the one before
-    image_low: float | None  # the network's own images lie in [image_low, 1]: -1, or 0 as TAESD has it
-    latent_clamp: float | None  # the decoder reads clamp * tanh(z / clamp), 3 in TAESD; null: z as it is
-    patch: int | None  # pixels, along each side, folded into channels at entry and unfolded at exit; 1: none
-    encoder_widths: list[int] | None  # channels of each level
-    encoder_blocks: list[int] | None  # residual blocks of each level
-    decoder_widths: list[int] | None  # channels of each level
-    decoder_blocks: list[int] | None  # residual blocks of each level
-    block_convs: int | None  # 3x3 convolutions in a block, 3 in TAESD
-    lowest_norm: bool | None  # blocks of the lowest level open with a group norm over the whole picture (TAEF2)
+    tiny: TinyConfig | None  # kind "tiny"
 
 
 @dataclass(frozen=True)
