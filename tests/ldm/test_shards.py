@@ -1,0 +1,150 @@
+"""Latent shards on disk: what is written is read, and whatever is not what was written is refused by name."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from ldm.shards import CorruptSample, ShardInfo, ShardReader, ShardWriter, decode_array, encode_array, iterate_tar
+
+SEED = int(os.environ.get("LDM_TEST_SEED", 0))
+
+
+def write(folder: Path, samples: int = 12) -> tuple[ShardInfo, dict[str, dict[str, bytes]]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(SEED)
+    content = {
+        f"{i:08d}": {"moments.npy": encode_array(generator.normal(size=(8, 4, 4)).astype(np.float16)),
+                     "txt": f"a picture of thing {i} – é".encode()}
+        for i in range(samples)
+    }  # fmt: skip
+    info = ShardInfo(str(folder / "000000.tar"), str(folder / "000000.index"), samples, "digest")
+    writer = ShardWriter(info.tar, info.index)
+    for key, fields in content.items():
+        writer.write(key, fields)
+    writer.close()
+    return info, content
+
+
+def test_what_is_written_is_read_in_any_order(tmp_path: Path) -> None:
+    info, content = write(tmp_path)
+    reader = ShardReader(info)
+    assert reader.keys() == list(content) and len(reader) == 12
+    for i in random.Random(SEED).sample(range(12), 12):
+        assert reader.read(i) == content[reader.keys()[i]]
+    reader.close()
+    assert dict(iterate_tar(info.tar)) == content
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a")[0], write(tmp_path / "b")[0]
+    assert Path(a.tar).read_bytes() == Path(b.tar).read_bytes()
+    assert Path(a.index).read_bytes() == Path(b.index).read_bytes()
+
+
+def test_any_webdataset_reader_opens_a_shard(tmp_path: Path) -> None:
+    info, content = write(tmp_path)
+    read = {sample["__key__"]: {"moments.npy": sample["moments.npy"], "txt": sample["txt"]}
+            for sample in wds.DataPipeline(wds.SimpleShardList(info.tar), wds.tarfile_to_samples())}
+    assert read == content
+
+
+def read_all(info: ShardInfo) -> dict[str, dict[str, bytes]]:
+    reader = ShardReader(info)
+    try:
+        return {key: reader.read(i) for i, key in enumerate(reader.keys())}
+    finally:
+        reader.close()
+
+
+def mutate(info: ShardInfo, kind: str, chance: random.Random) -> None:
+    path = Path(info.tar if kind != "index" else info.index)
+    data = bytearray(path.read_bytes())
+    if kind in ("flip", "index"):
+        # The end of a tar is padding that no sample owns; every other byte counts.
+        end = len(data) if kind == "index" else max(m.offset_data + m.size for m in tarfile.open(path).getmembers())
+        data[chance.randrange(end)] ^= 1 << chance.randrange(8)
+    elif kind == "cut":
+        members = tarfile.open(path).getmembers()
+        del data[chance.choice(members).offset :]
+    elif kind == "remove":
+        members = tarfile.open(path).getmembers()
+        i = chance.randrange(len(members) - 1)
+        del data[members[i].offset : members[i + 1].offset]
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "remove", "index"])
+def test_every_mutation_is_found_and_none_shortens_the_shard(tmp_path: Path, kind: str) -> None:
+    chance = random.Random(SEED)
+    for trial in range(40):
+        info, content = write(tmp_path / str(trial), samples=4)
+        mutate(info, kind, chance)
+        try:
+            read = read_all(info)
+        except (CorruptSample, UnicodeDecodeError):
+            continue
+        # A flipped bit in the index may fall into a key; the tar knows better, and the read must say so.
+        pytest.fail(f"{kind} {trial}: {read.keys()} was read as if nothing had happened; written was {content.keys()}")
+
+
+def test_without_the_crc_a_flipped_byte_would_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sabotage twin of the test above: with the guard switched off, wrong data is read in silence."""
+    info, content = write(tmp_path)
+    data = bytearray(Path(info.tar).read_bytes())
+    data[512 + 200] ^= 1
+    Path(info.tar).write_bytes(bytes(data))
+    with pytest.raises(CorruptSample, match="00000000 does not match its crc32"):
+        read_all(info)
+    crc = int(ShardReader(info).rows[0]["crc32"])
+    monkeypatch.setattr("ldm.shards.zlib.crc32", lambda data: crc)
+    assert ShardReader(info).read(0) != content["00000000"]
+
+
+def test_arrays_that_would_be_unpickled_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        decode_array(buffer.getvalue())
+
+
+@pytest.mark.parametrize("name, kind", [("../up.txt", tarfile.REGTYPE), ("/etc/passwd", tarfile.REGTYPE),
+                                        ("00000001.txt", tarfile.SYMTYPE), ("00000001.txt", tarfile.LNKTYPE),
+                                        ("00000001.txt", tarfile.CHRTYPE), ("x/00000001.txt", tarfile.REGTYPE)])
+def test_members_that_are_not_plain_samples_are_refused(tmp_path: Path, name: str, kind: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        tar.addfile(member)
+    with pytest.raises(CorruptSample, match="unexpected member"):
+        list(iterate_tar(tmp_path / "bad.tar"))
+
+
+def test_a_pickle_in_a_shard_is_bytes_and_never_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {canary}",)
+
+    writer = ShardWriter(tmp_path / "a.tar", tmp_path / "a.index")
+    writer.write("00000000", {"pickle": pickle.dumps(Payload()), "pyd": pickle.dumps(Payload())})
+    writer.close()
+    list(iterate_tar(tmp_path / "a.tar"))
+    read_all(ShardInfo(str(tmp_path / "a.tar"), str(tmp_path / "a.index"), 1, ""))
+    assert not canary.exists()
+
+
+def test_samples_out_of_order_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "a.tar", tmp_path / "a.index")
+    writer.write("00000002", {"txt": b"b"})
+    with pytest.raises(ValueError, match="00000001 after 00000002"):
+        writer.write("00000001", {"txt": b"a"})

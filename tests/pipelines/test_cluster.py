@@ -1,0 +1,76 @@
+"""Shards stream through stages on a real Ray: overlap, bounds, errors, and crashed workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import cluster
+from pipelines.config import compose
+from pipelines.dag import How, Job
+from pipelines.manifest import Record, StageFolder
+from pipelines.settings import Resources
+from tests.pipelines.known_stage import Known
+
+MODULE = "tests.pipelines.known_stage"
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with cluster.connect(compose([]).cluster):
+        yield
+
+
+def make_step(folder: Path, stage: str, shards: range, known: Known, in_flight: int = 2) -> cluster.Step:
+    config = compose([])
+    job = Job(stage, {"known": known}, "f", StageFolder(folder / stage, stage), {}, How(config.cluster, config.tracking, None, ""))
+    job.output.path.mkdir(parents=True)
+    return cluster.Step(job, Resources(num_cpus=0.5, num_gpus=0, in_flight=in_flight), set(shards), MODULE)
+
+
+def times(step: cluster.Step, shard: int) -> tuple[float, float]:
+    started, ended = json.loads((step.job.output / f"{shard:06d}.times").read_text())
+    return started, ended
+
+
+def test_a_later_stage_works_on_early_shards_while_an_earlier_stage_works_on_late_ones(ray_here: None, tmp_path: Path) -> None:
+    steps = [make_step(tmp_path, stage, range(6), Known(0.3, [], [])) for stage in ("a", "b")]
+    seen: list[tuple[str, int | None]] = []
+    cluster.stream(steps, list(range(6)), lambda stage, record: seen.append((stage, record.shard)))
+    assert sorted(seen) == [(stage, shard) for stage in "ab" for shard in range(6)]
+    assert times(steps[1], 0)[0] < times(steps[0], 5)[1]
+    for shard in range(6):
+        assert times(steps[0], shard)[1] <= times(steps[1], shard)[0] + 0.05
+
+
+def test_no_more_than_the_bound_are_under_way(ray_here: None, tmp_path: Path) -> None:
+    step = make_step(tmp_path, "a", range(6), Known(0.2, [], []), in_flight=2)
+    cluster.stream([step], list(range(6)), lambda stage, record: None)
+    spans = [times(step, shard) for shard in range(6)]
+    assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) <= 2
+
+
+def test_shards_that_are_made_go_straight_to_the_next_stage(ray_here: None, tmp_path: Path) -> None:
+    steps = [make_step(tmp_path, "a", range(2, 4), Known(0, [], [])), make_step(tmp_path, "b", range(4), Known(0, [], []))]
+    seen: list[tuple[str, int | None]] = []
+    cluster.stream(steps, list(range(4)), lambda stage, record: seen.append((stage, record.shard)))
+    assert sorted(seen) == [("a", 2), ("a", 3), ("b", 0), ("b", 1), ("b", 2), ("b", 3)]
+
+
+def test_an_error_lets_the_other_shards_finish_and_is_told_with_its_cause(ray_here: None, tmp_path: Path) -> None:
+    steps = [make_step(tmp_path, "a", range(5), Known(0, [1, 3], [])), make_step(tmp_path, "b", range(5), Known(0, [], []))]
+    records: list[Record] = []
+    with pytest.raises(cluster.ShardsFailed, match="a: shard [13] and 1 more failed.*ValueError: shard [13] cannot be made"):
+        cluster.stream(steps, list(range(5)), lambda stage, record: records.append(record))
+    assert sorted(steps[0].job.output.committed()) == sorted(steps[1].job.output.committed()) == [0, 2, 4]
+
+
+def test_a_crashed_worker_is_replaced_and_its_shard_made(ray_here: None, tmp_path: Path) -> None:
+    step = make_step(tmp_path, "a", range(4), Known(0, [], [2]))
+    cluster.stream([step], list(range(4)), lambda stage, record: None)
+    assert (step.job.output / ".died-2").exists()
+    assert sorted(step.job.output.committed()) == [0, 1, 2, 3]
+    assert step.job.output.sweep() == 1  # what the crash left
