@@ -49,6 +49,15 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderSettings:
+    """An autoencoder as a run uses it: conf/autoencoder."""
+
+    network: AutoencoderConfig
+    weights: str | None  # path of a safetensors file; null: from stage train_autoencoder
+    scale_factor: float  # of latents, so that their standard deviation is about 1
+
+
+@dataclass(frozen=True)
 class ClipTowerConfig:
     """One frozen CLIP text tower: ldm/models/clip.py."""
 
