@@ -1,4 +1,4 @@
-"""The whole DAG in miniature on its real parts: captioned URLs go in, pictures come out; twice, and killed in every stage."""
+"""The whole DAG in miniature on its real parts: URLs go in, pictures come out; twice, and killed in every stage."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_another_run_reads_the_data_half_of_a_finished_one(finished: Path, tmp_p
 
 
 def begun(outputs: Path, stage: str) -> bool:
-    """Whether a stage is in the middle: a first record of a stage that has shards, a first sign of one that has none."""
+    """Whether a stage is in the middle: a first record where there are shards, a first sign elsewhere."""
     folder = outputs / "smoke" / stage
     if STAGES[stage].kind == "shards":
         return any(folder.glob("[0-9]*.json"))
@@ -132,7 +132,7 @@ def test_killed_in_every_stage_and_continued_gives_the_same_records(finished: Pa
         deadline = time.monotonic() + 200
         while not begun(tmp_path, stage) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert process.poll() is None, f"the run ended before it could be killed in {stage}:\n{process.communicate()[0]}"
+        assert process.poll() is None, f"ended before it was killed in {stage}:\n{process.communicate()[0]}"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     run(tmp_path)

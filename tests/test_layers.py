@@ -86,7 +86,8 @@ def test_the_library_needs_no_orchestration_and_stages_do_not_import_each_others
 
 
 def test_nothing_committed_names_the_place_where_it_was_made() -> None:
-    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split("\n")
+    listing = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True)
+    files = listing.stdout.split("\n")
     words = ["/" + "work/", "/" + "root/", "BEGIN" + " OPENSSH"]
     for name in filter(None, files):
         path = ROOT / name

@@ -26,7 +26,8 @@ def ray_here() -> Iterator[None]:
 
 def make_step(folder: Path, stage: str, shards: range, known: Known, in_flight: int = 2) -> cluster.Step:
     config = compose([])
-    job = Job(stage, {"known": known}, "f", StageFolder(folder / stage, stage), {}, How(config.cluster, config.tracking, None, ""))
+    how = How(config.cluster, config.tracking, None, "")
+    job = Job(stage, {"known": known}, "f", StageFolder(folder / stage, stage), {}, how)
     job.output.path.mkdir(parents=True)
     return cluster.Step(job, Resources(num_cpus=0.5, num_gpus=0, in_flight=in_flight), set(shards), MODULE)
 
@@ -36,7 +37,9 @@ def times(step: cluster.Step, shard: int) -> tuple[float, float]:
     return started, ended
 
 
-def test_a_later_stage_works_on_early_shards_while_an_earlier_stage_works_on_late_ones(ray_here: None, tmp_path: Path) -> None:
+def test_a_later_stage_works_on_early_shards_while_an_earlier_one_works_on_late_ones(
+    ray_here: None, tmp_path: Path
+) -> None:
     steps = [make_step(tmp_path, stage, range(6), Known(0.3, [], [])) for stage in ("a", "b")]
     seen: list[tuple[str, int | None]] = []
     cluster.stream(steps, list(range(6)), lambda stage, record: seen.append((stage, record.shard)))
@@ -54,16 +57,19 @@ def test_no_more_than_the_bound_are_under_way(ray_here: None, tmp_path: Path) ->
 
 
 def test_shards_that_are_made_go_straight_to_the_next_stage(ray_here: None, tmp_path: Path) -> None:
-    steps = [make_step(tmp_path, "a", range(2, 4), Known(0, [], [])), make_step(tmp_path, "b", range(4), Known(0, [], []))]
+    steps = [make_step(tmp_path, "a", range(2, 4), Known(0, [], [])),
+             make_step(tmp_path, "b", range(4), Known(0, [], []))]
     seen: list[tuple[str, int | None]] = []
     cluster.stream(steps, list(range(4)), lambda stage, record: seen.append((stage, record.shard)))
     assert sorted(seen) == [("a", 2), ("a", 3), ("b", 0), ("b", 1), ("b", 2), ("b", 3)]
 
 
 def test_an_error_lets_the_other_shards_finish_and_is_told_with_its_cause(ray_here: None, tmp_path: Path) -> None:
-    steps = [make_step(tmp_path, "a", range(5), Known(0, [1, 3], [])), make_step(tmp_path, "b", range(5), Known(0, [], []))]
+    steps = [make_step(tmp_path, "a", range(5), Known(0, [1, 3], [])),
+             make_step(tmp_path, "b", range(5), Known(0, [], []))]
     records: list[Record] = []
-    with pytest.raises(cluster.ShardsFailed, match="a: shard [13] and 1 more failed.*ValueError: shard [13] cannot be made"):
+    message = "a: shard [13] and 1 more failed.*ValueError: shard [13] cannot be made"
+    with pytest.raises(cluster.ShardsFailed, match=message):
         cluster.stream(steps, list(range(5)), lambda stage, record: records.append(record))
     assert sorted(steps[0].job.output.committed()) == sorted(steps[1].job.output.committed()) == [0, 2, 4]
 

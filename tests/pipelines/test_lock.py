@@ -16,7 +16,10 @@ from pipelines.lock import LockedError, lock
 
 
 def hold(path: Path, seconds: float) -> subprocess.Popen[bytes]:
-    code = f"import time; from pipelines.lock import lock\nwith lock({str(path)!r}, 'other'): print(1, flush=True); time.sleep({seconds})"
+    code = (
+        "import time\nfrom pipelines.lock import lock\n"
+        f"with lock({str(path)!r}, 'other'):\n  print(1, flush=True)\n  time.sleep({seconds})"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
     return process

@@ -107,7 +107,8 @@ def test_write_whole_keeps_the_old_file_when_the_disk_is_full(tmp_path: Path) ->
     path = tmp_path / "plan.json"
     write_whole(path, b"old")
     code = (
-        "import resource, signal; from pipelines.manifest import write_whole; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import resource, signal; from pipelines.manifest import write_whole; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_whole({str(path)!r}, b'x' * 5000)"
     )
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
