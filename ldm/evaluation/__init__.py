@@ -1,0 +1,1 @@
+"""How good pictures are: pure tensors in, figures out."""
