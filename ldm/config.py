@@ -142,3 +142,26 @@ class SpatialRescalerConfig:
     in_channels: int  # of the condition
     out_channels: int | None  # of a 1x1 convolution after the last stage; null: none
     bias: bool  # of that convolution
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Which pictures are drawn from a checkpoint, and how: ldm/generate.py."""
+
+    prompts: list[str] | None  # null: the caption of every sample that was trained on, which `evaluate` needs
+    unseen_prompts: list[str]  # drawn besides; the grid labels those that no training sample has as its caption
+    sampler: str  # "ddim" and the other names of ldm/diffusion/sampler.py
+    steps: int  # of the sampler
+    guidance_scale: float  # 1 is without guidance
+    eta: float  # 0 is deterministic DDIM
+    seed: int  # with the prompt's place in the list it decides the starting noise
+    batch_size: int  # pictures drawn at once; guidance doubles what goes through the denoiser
+    grid_pictures: int  # of the training captions, spread evenly over them, that grid.png shows
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured of generated pictures: ldm/evaluation."""
+
+    shuffle_seed: int  # deals the captions out anew for the control
+    pairs: int  # prompts, spread evenly, that pairs.png shows beside their training picture
