@@ -58,6 +58,30 @@ class AutoencoderSettings:
 
 
 @dataclass(frozen=True)
+class AutoencoderTrainingConfig:
+    """How an autoencoder is trained: ldm/training/train_autoencoder.py."""
+
+    image_size: int  # pixels, of the square pictures trained on; a multiple of 32
+    crop_size: int  # pixels, of the pieces cut from them for most of the steps; a multiple of the factor
+    whole_share: float  # last share of the steps, on whole pictures
+    held_out_share: float  # of the motifs, by hash of the caption
+    same_picture: str  # regular expression: captions that differ only in what it matches stand for one motif
+    near_duplicate_bits: int  # of 64: a motif that looks this much like a held-out one is not trained on
+    batch_size: int  # pictures
+    max_steps: int
+    warmup_steps: int
+    learning_rate: float  # of the convolutions (Muon); falls to zero by a cosine
+    bias_learning_rate: float  # of the biases (Adam); likewise
+    momentum: float
+    ema_decay: float  # of the averaged weights, which are the result
+    kl_weight: float  # against a reconstruction loss of |d| + d^2, both means
+    checkpoint_every_steps: int
+    log_every_steps: int
+    threads: int  # of the processor; results are the same to the bit for equal numbers only
+    seed: int
+
+
+@dataclass(frozen=True)
 class ClipTowerConfig:
     """One frozen CLIP text tower: ldm/models/clip.py."""
 
