@@ -341,6 +341,8 @@ class StageRun:
 
     def _table(self, entry: dict[str, Any]) -> None:
         self.client.log_text(self.id, to_csv(entry["rows"]), f"{safe_name(entry['name'])}.csv")
+        if entry["name"] == "funnel":  # the first thing that somebody should see who opens the run
+            self.client.set_tag(self.id, "mlflow.note.content", shorten(to_markdown(entry["rows"]), MAX_TAG))
 
     def _image(self, entry: dict[str, Any]) -> None:
         from PIL import Image
@@ -468,6 +470,13 @@ def shorten(value: str, limit: int) -> str:
         return value
     mark = f" ... {len(value)} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
     return value[: limit - len(mark)] + mark
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows as the table that MLflow shows as the description of a run."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(str(value).replace("|", "\\|") for value in line) + " |" for line in lines)
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:

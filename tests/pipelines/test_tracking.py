@@ -160,6 +160,7 @@ def test_everything_arrives(tmp_path: Path, database: str) -> None:
     assert (parent.info.status, train.info.status) == ("FINISHED", "FINISHED")
     assert train.data.params["unet.width"] == "64" and "9000 characters" in train.data.params["long"]
     assert train.data.tags["code"] == "abc"
+    assert parent.data.tags["mlflow.note.content"].splitlines()[2] == "| train | 3 | 2 |"
     assert points(database, train, "train/loss") == [(step, 1 / step) for step in range(1, 2001)]
     assert math.isnan(train.data.metrics["bad"]) and train.data.metrics["huge"] > 1e308
     data = train.inputs.dataset_inputs[0].dataset
