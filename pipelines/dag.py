@@ -66,9 +66,9 @@ STAGES = {
         ("dataset.selection", "autoencoder.scale_factor", "text_encoder", "unet", "diffusion", "training"),
         grows=("training.max_steps",)),
     "generate": Stage(
-        "whole", ("train",), ("generation", "autoencoder"), many=True),
+        "whole", ("train", "precompute_latents"), ("generation", "autoencoder"), many=True),
     "evaluate": Stage(
-        "whole", ("generate", "train", "precompute_latents"), ("evaluation",), many=True),
+        "whole", ("generate", "train", "precompute_latents"), ("evaluation", "autoencoder"), many=True),
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def weights_path(weights: str) -> Path:
 def reads(config: Config, stage: str) -> tuple[str, ...]:
     """What a stage reads under this configuration: an autoencoder that is not given comes from its stage."""
     own = STAGES[stage].reads
-    if config.autoencoder.weights is None and stage in ("precompute_latents", "generate"):
+    if config.autoencoder.weights is None and stage in ("precompute_latents", "generate", "evaluate"):
         return (*own, "train_autoencoder")
     return own
 
