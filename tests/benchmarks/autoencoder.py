@@ -1,0 +1,106 @@
+"""Encoding and decoding with kl-f8 here and in diffusers, with the same weights, in float32.
+
+    python -m tests.benchmarks.autoencoder --size 128 --repeats 7 --threads 2
+
+Runs are interleaved and the fastest of each counts, so that a busy machine slows all alike. Outputs are compared
+before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.config import AutoencoderSettings
+from ldm.models.autoencoder import Autoencoder, make_autoencoder
+from tests.ldm.models import settings
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def to_diffusers(key: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
+    """Name and shape of a weight in diffusers' AutoencoderKL."""
+    key = re.sub(r"up\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", key)
+    for ours, theirs in (
+        (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+        (r"(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
+        (r"mid\.block_1\.", "mid_block.resnets.0."),
+        (r"mid\.block_2\.", "mid_block.resnets.1."),
+        (r"mid\.attn_1\.norm\.", "mid_block.attentions.0.group_norm."),
+        (r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1."),
+        (r"mid\.attn_1\.proj_out\.", "mid_block.attentions.0.to_out.0."),
+        (r"norm_out", "conv_norm_out"),
+        (r"nin_shortcut", "conv_shortcut"),
+    ):
+        key = re.sub(ours, theirs, key)
+    return key, value[:, :, 0, 0] if ".attentions." in key and value.dim() == 4 else value
+
+
+def make_pair() -> tuple[Autoencoder, torch.nn.Module]:
+    """Ours and diffusers' with the same random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    network = settings.read(AutoencoderSettings, "autoencoder", "kl_f8").network
+    ours = make_autoencoder(network).eval().requires_grad_(False)
+    widths = [network.compvis.channels * m for m in network.compvis.channel_mult]
+    theirs = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        block_out_channels=widths,
+        layers_per_block=network.compvis.num_res_blocks,
+        latent_channels=network.latent_channels,
+    )
+    state = dict(to_diffusers(key, value, len(widths)) for key, value in ours.state_dict().items())
+    theirs.load_state_dict(state)
+    return ours, theirs.eval().requires_grad_(False)
+
+
+def seconds(run: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(size: int, batch: int, repeats: int) -> None:
+    """Prints the fastest of `repeats` interleaved runs of each network, task and memory format."""
+    ours, theirs = make_pair()
+    image, z = torch.randn(batch, 3, size, size).clamp(-1, 1), torch.randn(batch, 4, size // 8, size // 8)
+    tasks = {
+        "encode": (lambda: ours.encode(image), lambda: theirs.encode(image).latent_dist.parameters),
+        "decode": (lambda: ours.decode(z), lambda: theirs.decode(z).sample),
+    }
+    for task, (our_run, their_run) in tasks.items():
+        best: dict[tuple[str, str], float] = {}
+        for memory_format in FORMATS.values():
+            ours.to(memory_format=memory_format)
+            theirs.to(memory_format=memory_format)
+            torch.testing.assert_close(our_run(), their_run(), rtol=1e-4, atol=1e-4)
+        for _ in range(repeats):
+            for name, memory_format in FORMATS.items():
+                ours.to(memory_format=memory_format)
+                theirs.to(memory_format=memory_format)
+                for who, run in (("ours", our_run), ("diffusers", their_run)):
+                    best[who, name] = min(best.get((who, name), float("inf")), seconds(run))
+        print(f"{task} {batch} x 3 x {size} x {size}, float32, {torch.get_num_threads()} threads:")
+        for (who, name), value in best.items():
+            print(f"  {who:9} {name:13} {value:.3f} s")
+        fastest = {who: min(value for (w, _), value in best.items() if w == who) for who in ("ours", "diffusers")}
+        print(f"  best of diffusers / best of ours: {fastest['diffusers'] / fastest['ours']:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved runs, of which the fastest counts")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    measure(arguments.size, arguments.batch, arguments.repeats)
