@@ -189,3 +189,18 @@ class EvaluationConfig:
 
     shuffle_seed: int  # deals the captions out anew for the control
     pairs: int  # prompts, spread evenly, that pairs.png shows beside their training picture
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise schedule and what the network is asked for: ldm/diffusion."""
+
+    timesteps: int  # T
+    schedule: str  # "sqrt_linear" (CompVis "linear", diffusers "scaled_linear"), "linear", "cosine" or "flow"
+    beta_start: float | None  # first beta; null where the schedule has none
+    beta_end: float | None  # last beta; null where the schedule has none
+    zero_terminal_snr: bool  # no signal at all at the last timestep (needs prediction v or z0)
+    prediction: str  # "eps", "v", "z0" or "flow"
+    loss: str  # "l2" or "l1"
+    min_snr_gamma: float | None  # cap of the signal-to-noise weight; null: every timestep counts the same
+    offset_noise: float  # share of noise that is constant over a picture, 0 in the paper
