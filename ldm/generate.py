@@ -1,0 +1,114 @@
+"""Prompts -> pictures: text encoder, guided denoiser, sampler and autoencoder put together.
+
+    caption -> tokens -> context;  noise z_T -> sampler(guided denoiser) -> z0;  z0 / scale_factor -> decode -> image
+
+The starting noise of a picture depends on (seed, its place in the list of prompts) and on nothing else: neither on the
+caption or a sample's key, nor on the batch that it happens to be drawn in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.config import GenerationConfig
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.sampler import SPACINGS, ddim
+from ldm.diffusion.schedule import Schedule
+from ldm.models.denoiser import Denoiser
+from ldm.models.tokenizer import Tokenizer
+from ldm.training.order import philox
+
+SAMPLERS = ("ddim",)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A trained denoiser with all that it needs to draw."""
+
+    denoiser: Denoiser
+    tokenizer: Tokenizer | None  # None: the model reads no captions
+    schedule: Schedule
+    prediction_type: str
+    latent_shape: tuple[int, int, int]  # (c, h, w)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+
+def check(config: GenerationConfig) -> None:
+    """Refuses settings that cannot be followed, before anything is loaded."""
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"generation.sampler is {config.sampler!r}; there are: {', '.join(SAMPLERS)}")
+    if config.spacing not in SPACINGS:
+        raise ValueError(f"generation.spacing is {config.spacing!r}; there are: {', '.join(SPACINGS)}")
+    if config.steps < 1 or config.batch_size < 1:
+        raise ValueError(
+            f"generation.steps is {config.steps} and generation.batch_size is {config.batch_size}; "
+            f"both must be 1 or more"
+        )
+
+
+def noise(seed: int, places: Sequence[int], step: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise (b, c, h, w) for the prompts at these places, each from (seed, place, step) alone, on the CPU.
+
+    Step -1 is the start, z_T; the others are the sampler's own, where eta is not 0.
+    """
+    drawn = [
+        np.random.Generator(philox("generate", seed, place, step)).standard_normal(shape, np.float32)
+        for place in places
+    ]
+    return torch.from_numpy(np.stack(drawn))
+
+
+@torch.inference_mode()
+def draw_latents(painter: Painter, prompts: Sequence[str], config: GenerationConfig) -> Tensor:
+    """Prompts -> scaled latents z0 (n, c, h, w), float32 on the CPU."""
+    check(config)
+    drawn = []
+    for start in range(0, len(prompts), config.batch_size):
+        places = range(start, min(start + config.batch_size, len(prompts)))
+        drawn.append(_sample(painter, [prompts[place] for place in places], places, config).float().cpu())
+    return torch.cat(drawn) if drawn else torch.zeros(0, *painter.latent_shape)
+
+
+def _sample(painter: Painter, prompts: list[str], places: range, config: GenerationConfig) -> Tensor:
+    """Prompts and their places in the list -> z0 (b, c, h, w)."""
+
+    def draw(step: int, like: Tensor) -> Tensor:
+        return noise(config.seed, places, step, painter.latent_shape).to(like)
+
+    condition, null_condition = _conditions(painter, prompts)
+    return ddim(
+        guided(painter.denoiser, condition, null_condition, config.guidance_scale),
+        noise(config.seed, places, -1, painter.latent_shape).to(painter.device),
+        painter.schedule,
+        config.steps,
+        painter.prediction_type,
+        eta=config.eta,
+        spacing=config.spacing,
+        draw=draw,
+    )
+
+
+def _conditions(painter: Painter, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The prompts and as many empty captions, encoded once for the whole trajectory."""
+    if painter.tokenizer is None:
+        return {}, {}
+    tokens = painter.tokenizer([*prompts, ""]).to(painter.device)
+    encoded = painter.denoiser.encode_condition({"tokens": tokens})
+    condition = {name: value[:-1] for name, value in encoded.items()}
+    return condition, {name: value[-1:].expand(len(prompts), *value.shape[1:]) for name, value in encoded.items()}
+
+
+@torch.inference_mode()
+def decode(autoencoder: nn.Module, z0: Tensor, scale_factor: float, batch_size: int) -> Tensor:
+    """Scaled latents z0 (n, c, h, w) -> image (n, 3, H, W) in [-1, 1], float32 on the CPU."""
+    device = next(autoencoder.parameters()).device
+    parts = [autoencoder.decode(part.to(device) / scale_factor).float().cpu() for part in z0.split(batch_size)]
+    return torch.cat(parts).clamp(-1, 1)
