@@ -1,0 +1,71 @@
+"""What a model was trained on: the cached latents that the selection of `train` lets through, and their autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ldm.config import AutoencoderSettings
+from ldm.shards import ShardInfo, ShardReader
+from pipelines.dag import Job, weights_path
+from pipelines.manifest import Record, StageFolder
+from pipelines.selection import read_selection
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    caption: str
+    fields: dict[str, bytes]  # as the shard holds it: "moments.npy", "txt"
+
+
+def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
+    """The samples trained on, in key order: those of `precompute_latents` whose bit in train's selection is set."""
+    masks = read_selection(train / "selection.parquet")
+    for shard, record in latents.committed().items():
+        reader = ShardReader(shard_info(latents, record))
+        if len(masks.get(shard, ())) != len(reader):
+            raise ValueError(
+                f"{train / 'selection.parquet'} has {len(masks.get(shard, ()))} bits for shard {shard}, which holds "
+                f"{len(reader)} samples; train again with: python -m pipelines.run +stage=train overwrite=true"
+            )
+        for i, key in enumerate(reader.keys()):
+            if masks[shard][i]:
+                fields = reader.read(i)
+                yield Sample(key, fields["txt"].decode(), fields)
+        reader.close()
+
+
+def samples_of(train: StageFolder) -> int:
+    """How many samples were trained on."""
+    return sum(int(mask.sum()) for mask in read_selection(train / "selection.parquet").values())
+
+
+def shard_info(latents: StageFolder, record: Record) -> ShardInfo:
+    """Where a latent shard lies: its record names one tar and one index."""
+    tar, index = (next(name for name in record.files if name.endswith(end)) for end in (".tar", ".index"))
+    return ShardInfo(str(latents / tar), str(latents / index), record.samples, record.digest)
+
+
+def autoencoder_settings(job: Job) -> AutoencoderSettings:
+    """The autoencoder of the latents; its weights are given, or made by train_autoencoder."""
+    given: AutoencoderSettings = job.what["autoencoder"]
+    if given.weights is not None:
+        return replace(given, weights=str(weights_path(given.weights)))
+    return replace(given, weights=str(job.inputs["train_autoencoder"] / "autoencoder.safetensors"))
+
+
+def input_digests(inputs: dict[str, StageFolder]) -> dict[str, str]:
+    """What a stage that makes one result writes into its record: the digest of all that it read."""
+    return {name: _digest(folder) for name, folder in inputs.items()}
+
+
+def _digest(folder: StageFolder) -> str:
+    record = folder.record()
+    if record is not None:
+        return record.digest
+    manifest: dict[str, Any] | None = folder.manifest()
+    if manifest is None:
+        raise FileNotFoundError(f"{folder.path} is not finished; python -m pipelines.run +stage={folder.stage} does it")
+    return manifest["digest"]
