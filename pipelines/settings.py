@@ -7,6 +7,42 @@ from dataclasses import dataclass
 
 # ---- what: conf/dataset ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
+class SourceConfig:
+    """Where the metadata lies and what its columns are called."""
+
+    metadata: str | None  # path or glob of parquet files; null: the embedded web writes its own
+    columns: dict[str, str]  # our name (url, caption, width, height, and scores) -> name in the files
+
+
+@dataclass(frozen=True)
+class FilterMetadataConfig:
+    """Which rows are worth a request. Applied in this order; each dropped row has one reason."""
+
+    shard_samples: int  # rows of a shard
+    min_size: int  # pixels of the shorter side
+    max_aspect: float  # longer side over shorter side
+    bounds: dict[str, list[float | None]]  # score -> [lowest, highest] that is kept; null is no bound
+    min_caption_chars: int
+
+
+@dataclass(frozen=True)
+class DownloadConfig:
+    image_size: int  # pixels of the shorter side; larger pictures are made smaller, smaller ones stay
+    encode_quality: int  # JPEG quality of what is stored
+    max_pixels: int  # of a picture before decoding
+    max_bytes: int  # of a body
+    deadline_seconds: float  # for all that one URL may cost, retries and redirects included
+    retries: int
+    backoff_seconds: float  # before the first retry; doubles
+    max_redirects: int
+    threads: int  # requests under way for one shard
+    user_agent: str
+    respect_robots: bool  # robots.txt and opt-out headers
+    requests_per_second: float | None  # for each host and process; null is no budget
+    min_yield: float  # share of a shard's rows below which something is broken: the stage stops
+
+
+@dataclass(frozen=True)
 class FilterImagesConfig:
     """Cheap, permanent rules, each on one picture alone; everything else is a selection."""
 
