@@ -96,6 +96,14 @@ class ClipTowerConfig:
 
 
 @dataclass(frozen=True)
+class ClipConfig:
+    """A whole CLIP, picture and text tower, for scores: ldm/models/clip.py."""
+
+    model: str  # an architecture that open_clip knows by name, or the path of a JSON file that describes one
+    weights: str | None  # path of a safetensors file; null: random, for tests
+
+
+@dataclass(frozen=True)
 class TextEncoderConfig:
     """Caption -> tokens (b, length) -> context (b, length, width); fields that its kind has no use for are null."""
 
@@ -205,3 +213,59 @@ class DiffusionConfig:
     loss: str  # "l2" or "l1"
     min_snr_gamma: float | None  # cap of the signal-to-noise weight; null: every timestep counts the same
     offset_noise: float  # share of noise that is constant over a picture, 0 in the paper
+
+
+@dataclass(frozen=True)
+class SampleGridConfig:
+    """The pictures that are drawn while training: ldm/training/train.py."""
+
+    every_steps: int | None  # null: none are drawn
+    prompts: list[str]  # one picture each, always from the same noise
+    steps: int  # of the sampler
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What is learned from, and how fast: ldm/training/train.py."""
+
+    seed: int  # decides weights, order, noise, timesteps and dropped captions
+    max_steps: int  # updates of the weights
+    batch_size: int  # samples of one update, over all processes
+    learning_rate: float  # at its highest
+    lr_schedule: str  # "constant", "cosine" or "inverse_sqrt": ldm/training/lr.py
+    warmup_steps: int  # over which the learning rate rises from 0
+    lr_end: float  # share of learning_rate that is left at max_steps, where the schedule falls to an end
+    beta1: float  # AdamW
+    beta2: float  # AdamW
+    epsilon: float  # AdamW
+    weight_decay: float  # AdamW
+    gradient_clipping: float | None  # highest norm of the gradient; null: any
+    caption_dropout: float  # share of captions that become the empty one, which guidance needs
+    precision: str  # "float32"; "bf16_autocast": weights float32, arithmetic bf16; "bf16": weights too, float32 masters
+    deterministic: bool  # on CUDA: equal runs give equal bits, at some cost; on the processor they always do
+    ema_decay: float  # of the averaged weights, which pictures are drawn from; warmed up as (1 + n) / (10 + n)
+    ema_of: str  # "unet" or "all": what is averaged; the rest goes with its newest weights
+    lanes: int  # streams that the order of samples is dealt to; world sizes that divide it share out what is read
+    window_shards: int  # shards of a lane that are shuffled together
+    held_out_shards: int  # shards that are not trained on; their loss is measured instead
+    validate_every_steps: int | None  # null: never
+    validation_samples: int  # held-out samples, always the same with the same noise
+    log_every_steps: int
+    grid: SampleGridConfig
+
+
+@dataclass(frozen=True)
+class TrainingRunConfig:
+    """How a training run is carried out; what is learned differs by rounding at most."""
+
+    threads: int  # processor threads of each process
+    micro_batch_size: int  # samples of one forward pass of one process
+    zero_stage: int  # DeepSpeed ZeRO stage, 0 to 3: what is shared out among the processes
+    loader_workers: int  # threads of each process that read ahead; 0 reads when a batch is needed
+    loader_cache_bytes: int  # samples that each process keeps in memory once they are read
+    activation_checkpointing: bool  # blocks are computed again for the backward pass, for memory
+    checkpoint_every_steps: int
+    keep_checkpoints: int  # newest ones that stay
+    keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none
+    deepspeed: dict[str, object]  # further keys of DeepSpeed's configuration, passed through

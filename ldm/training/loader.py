@@ -1,0 +1,270 @@
+"""Latents and captions -> batches, in the order of ldm/training/order.py, the same whoever reads them.
+
+Eight positions of a step, global batch 8, seen by two processes with micro batches of two:
+
+    position        0  1  2  3  4  5  6  7      process = position mod world size
+    process 0       0     2     4     6         two micro batches: (0, 2) and (4, 6)
+    process 1          1     3     5     7      two micro batches: (1, 3) and (5, 7)
+
+Each sample's noise, timestep and caption dropout are drawn from (seed, position) here, on the processor, so they are
+the same bits for every world size, micro batch, number of workers and resume. `samples_seen` is the whole state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.models.autoencoder import draw_latent
+from ldm.models.tokenizer import Tokenizer
+from ldm.shards import CorruptSample, ShardInfo, ShardReader, decode_array
+from ldm.training.order import Order
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The latents that a run trains on, and who made them."""
+
+    shards: list[ShardInfo]
+    used: list[bytes | None]  # for each shard one bit for each sample, first sample highest (np.packbits); None: all
+    edition: str  # digest of the closed list of shards
+    selection: str  # digest of what `used` was read from
+    field: str  # member of a sample with its latent: "moments.npy" or "latent.npy"
+    latent_shape: list[int]  # c, h, w of z0
+    scale_factor: float  # of z0, so that its standard deviation is about 1
+
+    @property
+    def digest(self) -> str:
+        """Identity of everything that decides which samples there are."""
+        return hashlib.sha256(f"{self.edition}\0{self.selection}".encode()).hexdigest()
+
+    def counts(self) -> list[int]:
+        """Samples in use, shard by shard."""
+        return [
+            info.samples if bits is None else int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum())
+            for info, bits in zip(self.shards, self.used, strict=True)
+        ]
+
+
+def hold_out(data: TrainData, shards: int) -> tuple[TrainData, TrainData | None]:
+    """(what is trained on, what losses are validated on): the shards whose hashes are lowest are held out."""
+    if shards == 0:
+        return data, None
+    if not 0 < shards < len(data.shards):
+        raise ValueError(
+            f"training.held_out_shards is {shards} of {len(data.shards)} shards; give at most {len(data.shards) - 1}"
+        )
+    hashes = [hashlib.sha256(f"held out {info.digest}".encode()).digest() for info in data.shards]
+    held = set(sorted(range(len(hashes)), key=lambda i: hashes[i])[:shards])
+
+    def part(indices: list[int]) -> TrainData:
+        return replace(data, shards=[data.shards[i] for i in indices], used=[data.used[i] for i in indices])
+
+    return part([i for i in range(len(hashes)) if i not in held]), part(sorted(held))
+
+
+@dataclass
+class Batch:
+    """What one forward pass of one process reads; b samples."""
+
+    keys: list[str]
+    positions: Tensor  # (b,) int64
+    z0: Tensor  # (b, c, h, w)
+    eps: Tensor  # (b, c, h, w)
+    t: Tensor  # (b,) int64
+    condition: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; copies from pinned memory overlap with computation."""
+        if device.type == "cpu":
+            return self
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        condition = {name: move(x) for name, x in self.condition.items()}
+        return replace(self, z0=move(self.z0), eps=move(self.eps), t=move(self.t), condition=condition)
+
+    def pin(self) -> Batch:
+        condition = {name: x.pin_memory() for name, x in self.condition.items()}
+        return replace(
+            self, z0=self.z0.pin_memory(), eps=self.eps.pin_memory(), t=self.t.pin_memory(), condition=condition
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn for each sample, and from which seed."""
+
+    seed: int
+    timesteps: int  # t is uniform over 0 .. timesteps - 1
+    caption_dropout: float  # share of captions that become the empty one
+
+    def __call__(self, position: int, eps: np.ndarray, posterior: np.ndarray) -> tuple[int, bool]:
+        """Fills in the two noises (c, h, w); returns t and whether the caption is dropped.
+
+        The random numbers belong to (seed, position): Philox with the position as its counter.
+        """
+        random = np.random.Generator(np.random.Philox(counter=[0, position, 0, 0], key=[self.seed, 0]))
+        t, dropout = random.random(2)
+        random.standard_normal(dtype=np.float32, out=eps)
+        random.standard_normal(dtype=np.float32, out=posterior)
+        return int(t * self.timesteps), bool(dropout < self.caption_dropout)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A sample as it was read; nothing random is in it."""
+
+    key: str
+    latent: Tensor  # (2c, h, w) moments or (c, h, w)
+    tokens: Tensor | None  # (l,)
+
+
+class Loader:
+    """Batches of one process. `workers` threads read ahead; with 0 the training thread reads when it needs a batch.
+
+    Threads are enough: drawing noise, the larger part of the work, and reading happen outside Python's lock, and
+    nothing has to be copied between processes.
+    """
+
+    def __init__(
+        self,
+        data: TrainData,
+        draw: Draw,
+        tokenizer: Tokenizer | None,
+        *,
+        lanes: int,
+        window_shards: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        cache_bytes: int = 0,
+        pin: bool = False,
+    ) -> None:
+        self.data, self.draw, self.tokenizer = data, draw, tokenizer
+        self.order = Order(data.counts(), seed=draw.seed, digest=data.digest, lanes=lanes, window_shards=window_shards)
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world_size, self.pin = rank, world_size, pin
+        # Open shards: those of the windows that this process's lanes are in, and the ones they enter next.
+        open_shards = min(len(data.shards), max(1, lanes // world_size) * window_shards + lanes)
+        self._reader = lru_cache(maxsize=open_shards)(self._open)
+        self._rows = lru_cache(maxsize=open_shards)(self._used_rows)
+        self._cache: dict[tuple[int, int], _Sample] = {}
+        self._cache_left, self._lock = cache_bytes, threading.Lock()
+        self._workers = workers
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
+
+    def batches(self, samples_seen: int) -> Iterator[Batch]:
+        """Micro batches of this process without end, from `samples_seen` samples of all processes on."""
+        positions = self._positions(samples_seen)
+        if self._threads is None:
+            yield from map(self.batch, positions)
+            return
+        ahead: deque[Future[Batch]] = deque()
+        while True:
+            while len(ahead) < 2 * self._workers:
+                ahead.append(self._threads.submit(self.batch, next(positions)))
+            yield ahead.popleft().result()
+
+    def batch(self, positions: range) -> Batch:
+        """The batch at given positions: a pure function of the data, the seed and the positions."""
+        samples = [self._sample(*self._row(position)) for position in positions]
+        shape = (len(samples), *self.data.latent_shape)
+        eps, posterior = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        drawn = [self.draw(*each) for each in zip(positions, eps, posterior, strict=True)]
+        # One by one: a vectorised exponential may round otherwise where a batch ends.
+        z0 = [
+            draw_latent(sample.latent[None], torch.from_numpy(noise[None]), self.data.scale_factor)
+            for sample, noise in zip(samples, posterior, strict=True)
+        ]
+        batch = Batch(
+            keys=[sample.key for sample in samples],
+            positions=torch.tensor(positions, dtype=torch.int64),
+            z0=torch.cat(z0),
+            eps=torch.from_numpy(eps),
+            t=torch.tensor([t for t, _ in drawn], dtype=torch.int64),
+            condition=self._condition(samples, [dropped for _, dropped in drawn]),
+        )
+        return batch.pin() if self.pin else batch
+
+    def close(self) -> None:
+        """Ends the threads; batches that were under way are thrown away."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _positions(self, samples_seen: int) -> Iterator[range]:
+        step = self.micro_batch_size * self.world_size
+        while True:
+            for start in range(samples_seen, samples_seen + self.batch_size, step):
+                yield range(start + self.rank, start + step, self.world_size)
+            samples_seen += self.batch_size
+
+    def _condition(self, samples: list[_Sample], dropped: list[bool]) -> dict[str, Tensor]:
+        if self.tokenizer is None:
+            return {}
+        null = self.tokenizer.null
+        tokens = [null if empty else sample.tokens for sample, empty in zip(samples, dropped, strict=True)]
+        return {"tokens": torch.stack(tokens)}  # type: ignore[arg-type]
+
+    # -- from disk -----------------------------------------------------------------------------------------------
+    def _row(self, position: int) -> tuple[int, int]:
+        shard, place = self.order.locate(position)
+        rows = self._rows(shard)
+        return shard, place if rows is None else int(rows[place])
+
+    def _used_rows(self, shard: int) -> np.ndarray | None:
+        """The rows of a shard that are in use; None when all are."""
+        bits = self.data.used[shard]
+        if bits is None:
+            return None
+        mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=self.data.shards[shard].samples)
+        return np.flatnonzero(mask).astype(np.uint32)
+
+    def _sample(self, shard: int, row: int) -> _Sample:
+        """A sample from memory or from disk. What fits into the budget stays: in a cyclic order any rule that
+        threw out the oldest would throw out the very sample that is needed next."""
+        sample = self._cache.get((shard, row))
+        if sample is None:
+            sample = self._read(shard, row)
+            size = sample.latent.nbytes + (0 if sample.tokens is None else sample.tokens.nbytes) + 500
+            with self._lock:
+                if size <= self._cache_left and (shard, row) not in self._cache:
+                    self._cache_left -= size
+                    self._cache[shard, row] = sample
+        return sample
+
+    def _read(self, shard: int, row: int) -> _Sample:
+        reader, info = self._reader(shard), self.data.shards[shard]
+        fields, key = reader.read(row), reader.rows["key"][row].decode()
+        if self.data.field not in fields:
+            raise CorruptSample(f"{info.tar}: sample {key} has {sorted(fields)}, not {self.data.field}")
+        latent = torch.from_numpy(decode_array(fields[self.data.field]))
+        self._check_shape(latent, f"{info.tar}: sample {key}")
+        caption = fields.get("txt", b"").decode()
+        return _Sample(key, latent, None if self.tokenizer is None else self.tokenizer([caption])[0])
+
+    def _check_shape(self, latent: Tensor, where: str) -> None:
+        c, h, w = self.data.latent_shape
+        channels = 2 * c if self.data.field == "moments.npy" else c
+        if tuple(latent.shape) != (channels, h, w):
+            raise CorruptSample(f"{where} has shape {tuple(latent.shape)}, expected {(channels, h, w)}")
+
+    def _open(self, shard: int) -> ShardReader:
+        reader = ShardReader(self.data.shards[shard])
+        # Closed when the last thread that reads from it has let go, not when it leaves the cache.
+        weakref.finalize(reader, os.close, reader.handle)
+        return reader
