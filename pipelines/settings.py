@@ -15,6 +15,15 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class SampleWebConfig:
+    """The embedded web: captioned pictures on loopback, most of whose rows fall, as they do on the real web."""
+
+    rows: int  # of the metadata
+    pictures: int  # distinct good pictures, those that survive every stage and the selection
+    seed: int  # of the plan: which drawings, sizes, scores and failures
+
+
+@dataclass(frozen=True)
 class FilterMetadataConfig:
     """Which rows are worth a request. Applied in this order; each dropped row has one reason."""
 
