@@ -13,7 +13,6 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -64,11 +63,12 @@ def make_tokenizer(config: TextEncoderConfig) -> Tokenizer:
 # ---- bytes -------------------------------------------------------------------------------------------------
 def _bytes_tokenizer(config: TextEncoderConfig) -> Tokenizer:
     """UTF-8 bytes, 3 and up, after 0 = padding, 1 = start, 2 = end: needs no file and knows every caption."""
-    _check_size(config, 259)
-    return Tokenizer(
-        lambda caption: [3 + byte for byte in caption.encode()],
-        start=1, end=2, pad=0, length=config.length, vocab_size=config.vocab_size,
-    )  # fmt: skip
+    check_size(config, 259)
+    return Tokenizer(_byte_ids, start=1, end=2, pad=0, length=config.length, vocab_size=config.vocab_size)
+
+
+def _byte_ids(caption: str) -> list[int]:
+    return [3 + byte for byte in caption.encode()]
 
 
 # ---- WordPiece ---------------------------------------------------------------------------------------------
@@ -90,22 +90,27 @@ def read_vocabulary(config: TextEncoderConfig) -> dict[str, int]:
     if config.vocab_file is None or config.vocab_sha256 is None:
         raise ValueError(f"text_encoder.vocab_file and vocab_sha256 must be set for WordPiece. {where}")
     path = Path(config.vocab_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no vocabulary at {path} (text_encoder.vocab_file). {where}")
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != config.vocab_sha256:
-        expected = f"{config.vocab_sha256} (text_encoder.vocab_sha256)"
-        raise ValueError(f"{path} has sha256 {found}, not {expected}. {where}")
+    data = read_checked(path, config.vocab_sha256, where)
     lines = data.decode().removesuffix("\n").split("\n")
     vocabulary = {piece: token for token, piece in enumerate(lines)}
     if len(vocabulary) != len(lines):
         raise ValueError(f"{path} has {len(lines)} lines and only {len(vocabulary)} different ones")
-    _check_size(config, len(vocabulary))
+    check_size(config, len(vocabulary))
     return vocabulary
 
 
-def _check_size(config: TextEncoderConfig, found: int) -> None:
+def read_checked(path: Path, sha256: str, where: str) -> bytes:
+    """A vocabulary file's bytes, if they are those that are expected; `where` tells how to get them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no vocabulary at {path} (text_encoder.vocab_file). {where}")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path} has sha256 {found}, not {sha256} (text_encoder.vocab_sha256). {where}")
+    return data
+
+
+def check_size(config: TextEncoderConfig, found: int) -> None:
     if config.vocab_size != found:
         raise ValueError(f"the vocabulary has {found} tokens; text_encoder.vocab_size is {config.vocab_size}")
 
@@ -116,13 +121,14 @@ class WordPiece:
     # These are found in a caption as they stand, before it is put into lower case.
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     longest_word = 100  # characters; a longer word is [UNK]
+    cached_words = 100_000  # words whose pieces are remembered; the web never runs out of new ones
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
         self.vocabulary = vocabulary
         self.unknown = vocabulary["[UNK]"]
         known = [re.escape(piece) for piece in self.special if piece in vocabulary]
         self._special = re.compile(f"({'|'.join(known)})")
-        self._pieces = lru_cache(maxsize=65536)(self.pieces)
+        self._cache: dict[str, list[int]] = {}
 
     def ids(self, caption: str) -> list[int]:
         """The tokens of a caption without start, end and padding."""
@@ -132,8 +138,14 @@ class WordPiece:
                 ids.append(self.vocabulary[part])
             else:
                 for word in words(part):
-                    ids.extend(self._pieces(word))
+                    ids.extend(self._cache.get(word) or self._remember(word))
         return ids
+
+    def _remember(self, word: str) -> list[int]:
+        if len(self._cache) >= self.cached_words:
+            self._cache.clear()
+        self._cache[word] = pieces = self.pieces(word)
+        return pieces
 
     def pieces(self, word: str) -> list[int]:
         """The longest piece that a word begins with, then that of the rest; [UNK] when there is none."""

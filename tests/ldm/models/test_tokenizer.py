@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_null_is_the_empty_caption_and_batches_have_a_shape(small: TextEncoderCo
         assert tokenizer(["a", "a cat"]).shape == (2, tokenizer.length)
         with pytest.raises(TypeError, match="list of captions"):
             tokenizer("a cat")
+
+
+def test_tokenizers_travel_to_worker_processes(small: TextEncoderConfig) -> None:
+    for config in (small, conf("bytes_tiny"), conf("clip_vit_l_14")):
+        tokenizer = make_tokenizer(config)
+        again = pickle.loads(pickle.dumps(tokenizer))
+        assert torch.equal(again(["a cat", "🐈"]), tokenizer(["a cat", "🐈"]))
+
+
+def test_caches_stay_small(small: TextEncoderConfig) -> None:
+    pieces = WordPiece({"[UNK]": 0, **{str(i): i + 1 for i in range(10)}, **{f"##{i}": i + 11 for i in range(10)}})
+    pieces.cached_words = 20
+    captions = [f"{i} {i * 7} {i}" for i in range(100)]
+    fresh = [WordPiece(pieces.vocabulary).ids(caption) for caption in captions]
+    assert [pieces.ids(caption) for caption in captions] == fresh
+    assert len(pieces._cache) <= 20
 
 
 def test_bytes_come_back() -> None:
