@@ -63,7 +63,7 @@ STAGES = {
         ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights")),
     "train": Stage(
         "whole", ("filter_metadata", "filter_images", "precompute_latents"),
-        ("dataset.selection", "autoencoder.scale_factor", "text_encoder", "unet", "diffusion", "training"),
+        ("dataset.selection", "autoencoder", "text_encoder", "unet", "diffusion", "training"),
         grows=("training.max_steps",)),
     "generate": Stage(
         "whole", ("train", "precompute_latents"), ("generation", "autoencoder"), many=True),
@@ -123,7 +123,7 @@ def weights_path(weights: str) -> Path:
 def reads(config: Config, stage: str) -> tuple[str, ...]:
     """What a stage reads under this configuration: an autoencoder that is not given comes from its stage."""
     own = STAGES[stage].reads
-    if config.autoencoder.weights is None and stage in ("precompute_latents", "generate", "evaluate"):
+    if config.autoencoder.weights is None and stage in ("precompute_latents", "train", "generate", "evaluate"):
         return (*own, "train_autoencoder")
     return own
 

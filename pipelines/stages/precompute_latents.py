@@ -1,7 +1,9 @@
 """Encodes every kept picture once with the frozen autoencoder and caches its moments.
 
-download/000042.tar + filter_images/000042.parquet -> precompute_latents/256/000042.tar {key.moments.npy fp16, key.txt}
-and its index; a folder for each resolution, so that a 256 px run never reads the bytes of another.
+download/000042.tar + filter_images/000042.parquet -> precompute_latents/256/000042.tar, 000042.index
+
+Samples are {key.moments.npy fp16, key.txt}; a folder for each resolution, so that a 256 px run never reads the bytes of
+another.
 
 Moments are stored unscaled, for the trainer to draw fresh noise and scale; captions are stored whole. A shard's bytes
 depend on its input and its settings only: batches are padded to one fixed size, thread count and memory format are set
@@ -17,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from ldm.images import decode_rgb, resize_and_crop, to_tensor
-from ldm.models.autoencoder import load_autoencoder
 
 from ldm.config import AutoencoderSettings
+from ldm.images import decode_rgb, resize_and_crop, to_tensor
+from ldm.models.autoencoder import load_autoencoder
 from ldm.shards import ShardWriter, encode_array, iterate_tar
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
@@ -34,9 +36,10 @@ class Worker:
         self.job = job
         self.settings = job.what["dataset.precompute_latents"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.autoencoder = load_autoencoder(autoencoder_settings(job), self.device)
+        self.autoencoder = load_autoencoder(settings_of(job), self.device)
         if self.settings.channels_last:
             self.autoencoder.to(memory_format=torch.channels_last)
+        self.field = "moments.npy" if self.autoencoder.config.posterior == "kl" else "latent.npy"
 
     def run_shard(self, shard: int) -> Record:
         """Encodes the kept pictures of one shard and commits their moments."""
@@ -71,12 +74,13 @@ class Worker:
             mean = stored[:, : self.autoencoder.latent_channels].astype(np.float64)
             total, squares, count = total + mean.sum(), squares + (mean**2).sum(), count + mean.size
             for key, caption, array in zip(keys, captions, stored, strict=True):
-                writer.write(key, {"moments.npy": encode_array(array), "txt": caption})
+                writer.write(key, {self.field: encode_array(array), "txt": caption})
         writer.close()
         self._check_psnr(shard, psnrs)
         center = total / max(count, 1)
         return {
             "samples": len(writer.rows),
+            "latent_side": self.settings.resolution // self.autoencoder.factor,
             "psnr": round(float(np.mean(psnrs)), 3) if psnrs else None,
             "mean": round(center, 6),
             "std": round(float(np.sqrt(max(squares / max(count, 1) - center**2, 0.0))), 6),
@@ -129,8 +133,8 @@ class Worker:
             )
 
 
-def autoencoder_settings(job: Job) -> AutoencoderSettings:
-    """The autoencoder that a job's latents are made with: its weights are given, or made by train_autoencoder."""
+def settings_of(job: Job) -> AutoencoderSettings:
+    """The autoencoder that encodes: its weights are given, or made by train_autoencoder. Nothing is scaled here."""
     given = job.what["autoencoder.weights"]
     path = weights_path(given) if given is not None else job.inputs["train_autoencoder"] / "autoencoder.safetensors"
     return AutoencoderSettings(network=job.what["autoencoder.network"], weights=str(path), scale_factor=1.0)

@@ -1,0 +1,121 @@
+"""Decides which samples are used, then trains on them: one worker for each GPU, started by Ray Train.
+
+precompute_latents + selection -> train/step-00001000/, train/selection.parquet, train/grids/, train/record.json
+
+This file is all that stands between the cluster and ldm.training.train, which sees torch.distributed and three
+functions. Ray Train is never handed a checkpoint: a restarted worker finds the newest committed one itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines import cluster
+from pipelines.dag import Job
+from pipelines.journal import Journal, journal_path
+from pipelines.manifest import Record, sha256_file, write_whole
+from pipelines.selection import all_samples, read_selection, select, write_selection
+from pipelines.training_set import autoencoder_settings, input_digests, shard_info
+
+STOP = "stop"  # a file of this name in the stage's folder asks all workers to save and leave
+
+
+def run(job: Job, journal: Journal) -> Record:
+    """Runs on the driver: selection, training, record."""
+    shards = sorted(job.inputs["precompute_latents"].committed())
+    folders = job.inputs["filter_metadata"], job.inputs["filter_images"]
+    masks, reasons = select(all_samples(*folders, shards), job.what["dataset.selection"])
+    selection = _place_selection(job, masks)
+    used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
+    journal.metrics({"selection/used": used, **{f"selection/{reason}": n for reason, n in reasons.items()}})
+    (job.output / STOP).unlink(missing_ok=True)
+    cluster.launch_training(work, {"job": job, "selection": selection}, job.how.cluster.train, job.output.path / ".ray")
+    return _commit(job, known, used, dict(reasons))
+
+
+def _place_selection(job: Job, masks: dict[int, np.ndarray]) -> str:
+    """Writes train/selection.parquet and returns its digest. A run that goes on must find the same one."""
+    with job.output.attempt(None, job.fingerprint) as attempt:
+        path = attempt.path / "selection.parquet"
+        digest, place = write_selection(path, masks), job.output / "selection.parquet"
+        if place.exists() and sha256_file(place) != digest:
+            raise ValueError(
+                f"{place} was made from other samples or rules than there are now; start a new run with name=OTHER, "
+                f"or +stage=train overwrite=true"
+            )
+        write_whole(place, path.read_bytes())
+    return digest
+
+
+def _commit(job: Job, known: int, used: int, reasons: dict[str, int]) -> Record:
+    """The record of the stage: the last checkpoint's averaged weights are what later stages read."""
+    from ldm.training.checkpoint import newest_committed
+
+    newest = newest_committed(job.output.path)
+    wanted = job.what["training"].max_steps
+    if newest is None or newest.step < wanted:
+        at = "no step" if newest is None else f"step {newest.step}"
+        raise RuntimeError(f"training stopped at {at} of {wanted}; the same command goes on from there")
+    files = {}
+    for path in [*(newest.path / name for name in ("ema.safetensors", "config.json")), job.output / "selection.parquet"]:
+        name = str(path.relative_to(job.output.path))
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    with job.output.attempt(None, job.fingerprint) as attempt:
+        return attempt.commit(rows=known, samples=used, dropped=reasons, inputs=input_digests(job.inputs),
+                              facts={"training.max_steps": newest.step}, keep=files)
+
+
+def train_data(job: Job, selection: str) -> Any:
+    """What ldm.training needs to know of the cache."""
+    from ldm.training.loader import TrainData
+
+    latents = job.inputs["precompute_latents"]
+    manifest = latents.manifest()
+    if manifest is None:
+        raise FileNotFoundError(f"{latents.path} is not closed; run +stage=precompute_latents first")
+    masks, records = read_selection(job.output / "selection.parquet"), latents.committed()
+    network = job.what["autoencoder"].network
+    side = {record.facts["latent_side"] for record in records.values() if record.samples}
+    return TrainData(
+        shards=[shard_info(latents, record) for record in records.values()],
+        used=[np.packbits(masks[shard]).tobytes() for shard in records],
+        edition=manifest["digest"],
+        selection=selection,
+        field="moments.npy" if network.posterior == "kl" else "latent.npy",
+        latent_shape=[network.latent_channels, *(2 * [side.pop()])],
+        scale_factor=job.what["autoencoder"].scale_factor,
+    )
+
+
+def work(arguments: dict[str, Any]) -> None:
+    """Runs in every training worker: hands ldm.training.train its settings, its data and its three functions."""
+    import torch
+
+    job: Job = arguments["job"]
+    if not (job.output / "plan.json").exists():
+        raise FileNotFoundError(
+            f"{job.output / 'plan.json'}, written by the driver, is not to be seen on this node: paths.outputs must "
+            f"be a folder that all nodes share"
+        )
+    torch.set_num_threads(job.how.cluster.train.threads)
+    _train(job, train_data(job, arguments["selection"]))
+
+
+def decoder(job: Job) -> Any:
+    """z0 (b, c, h, w) scaled -> image (b, 3, H, W) in [-1, 1], for sample grids."""
+    import torch
+
+    from ldm.models.autoencoder import load_autoencoder
+
+    settings = autoencoder_settings(job)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = load_autoencoder(settings, device)
+    return lambda z0: autoencoder.decode(z0.to(device) / settings.scale_factor).clamp(-1, 1)
+
+
+def rank_journal(job: Job) -> Journal:
+    """Where rank 0 says what it has to say; the driver carries it to MLflow."""
+    return Journal(journal_path(Path(job.how.run), job.stage, "rank0"))
