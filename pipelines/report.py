@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dag import ROOT, STAGES
+from pipelines.drawings import ATTRIBUTION
 from pipelines.journal import RUN, journal_paths, read_entries, read_images, read_metrics
 from pipelines.manifest import StageFolder, read_json, sum_funnel, write_whole
 from pipelines.page import (
@@ -338,8 +339,15 @@ def _what_ran(said: Said, stages: list[Made]) -> list[str]:
 
 
 def _credit(said: Said) -> list[str]:
-    credit = said.params.get("dataset.source.credit", "None")
-    return [f"<p>{cell(credit)}</p>"] if credit != "None" else []
+    """Whose pictures these are, for the data set that comes along; another one has its own terms."""
+    if "dataset.sample_web.seed" not in said.params:
+        return []
+    words = (
+        f"{ATTRIBUTION} They were drawn as pictures by resvg, captioned with their names in the package emoji, and "
+        f"served by a web on this machine that is made to be as unkind as the real one; the scores in its metadata "
+        f"are invented. Generated pictures are made from them and come under the same licence."
+    )
+    return [f"<p>{cell(words)}</p>"]
 
 
 def _when(milliseconds: float) -> str:

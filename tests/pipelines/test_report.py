@@ -67,7 +67,7 @@ def run_folder(tmp_path: Path) -> Path:
     said.status("RUNNING")
     said.tags({"code_version": "abc123", "command": "name=<demo>"})
     said.params({"autoencoder": {"weights": None}})
-    said.params({"dataset": {"source": {"credit": "Drawn by OpenMoji, CC BY-SA 4.0"}}})
+    said.params({"dataset": {"sample_web": {"seed": 0}}})
     worker = Journal(journal_path(folder, "train", "rank0"))
     for step in range(1, 1001):
         worker.metrics({"train/loss": 1 / step, "perf/images": 30.0}, step)
@@ -125,7 +125,7 @@ def test_the_page_says_what_happened(run_folder: Path) -> None:
         "14 in = 10 out + 4 dropped: every row is accounted for",
         "10 in = 8 out + 2 dropped: every row is accounted for",
         "http_404 3", "too_small 1", "75.0%", "128", "abc123", "name=<demo>", "“blue <banana>”", "step 100",
-        "caption <0>", "1 points are not finite", "Drawn by OpenMoji, CC BY-SA 4.0", "2 min 0 s of work",
+        "caption <0>", "1 points are not finite", "License: CC BY-SA 4.0", "2 min 0 s of work",
     ):  # fmt: skip
         assert words in text, words
     assert "step 200" not in text, "a grid that is gone"
