@@ -1,0 +1,211 @@
+"""Bytes <-> pixels <-> image in [-1, 1].
+
+A picture from the web is turned the way its camera meant it, scaled to 8 bits (not clipped), converted to sRGB and laid
+over a plain background; what cannot be read whole is refused with one word. Torch is imported inside the two functions
+that need it, so that a downloader does not wait for it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
+WHITE = (255, 255, 255)
+EXIF_ORIENTATION = 0x0112
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error)
+
+# What undoes each EXIF orientation; 1 is upright, anything else is no orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """Bytes that give no picture; `reason` is one word: not_an_image, too_many_pixels, truncated or broken."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+# -- bytes -> pixels --------------------------------------------------------------------------------------------------
+def decode_rgb(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels: int = 89_000_000) -> np.ndarray:
+    """The first frame of a JPEG, PNG, WebP or GIF as (h, w, 3) uint8: sRGB, upright, laid over the background.
+
+    Raises ImageError, and nothing else, for bytes that are no whole picture. The size is read from the header and
+    refused before anything is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that we check ourselves
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise ImageError("too_many_pixels", f"{width} x {height} pixels; expected at most {max_pixels}")
+                picture.load()
+                return _lay_over(_to_srgb(_upright(picture)), background)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error)) from error
+    except BROKEN as error:
+        reason = _why_broken(data, error)
+        raise ImageError(reason, f"{len(data)} bytes, {data[:8]!r}..., cannot be decoded: {error}") from error
+
+
+def _why_broken(data: bytes, error: Exception) -> str:
+    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    if webp and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        return "truncated"
+    if isinstance(error, UnidentifiedImageError):
+        return "broken" if webp or data.startswith(MAGIC) else "not_an_image"
+    return "truncated" if "truncated" in str(error).lower() else "broken"
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(EXIF_ORIENTATION)
+    except BROKEN:  # a broken note on a good picture
+        return picture
+    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """8 bits a channel, sRGB, with alpha where there is some: mode RGB or RGBA."""
+    profile = picture.info.get("icc_profile")
+    if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
+        picture = _scale_16_bit(picture)
+    if picture.mode in ("CMYK", "L") and "transparency" not in picture.info:
+        return _apply_profile(picture, profile) or picture.convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        colour = picture.convert("RGB")
+        colour = _apply_profile(colour, profile) or colour
+        colour.putalpha(picture.getchannel("A"))
+        return colour
+    picture = picture.convert("RGB")
+    return _apply_profile(picture, profile) or picture
+
+
+def _scale_16_bit(picture: Image.Image) -> Image.Image:
+    levels = np.asarray(picture).astype(np.float64)
+    grey = Image.fromarray(np.rint(levels / 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in picture.info:  # one level of the 65,536 is see-through
+        alpha = Image.fromarray(np.where(levels == picture.info["transparency"], 0, 255).astype(np.uint8))
+        return Image.merge("LA", (grey, alpha))
+    return grey
+
+
+def _apply_profile(picture: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """The picture in sRGB; None without a profile, or with one that cannot be used: browsers ignore such a one too."""
+    if not profile:
+        return None
+    try:
+        return ImageCms.applyTransform(picture, _transform(profile, picture.mode))
+    except (ImageCms.PyCMSError, ValueError, OSError):
+        return None
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def _lay_over(picture: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
+    """Straight alpha: colour * alpha + background * (1 - alpha), rounded once."""
+    pixels = np.asarray(picture)
+    if picture.mode == "RGB":
+        return np.ascontiguousarray(pixels)
+    alpha = pixels[..., 3:].astype(np.float32) / 255
+    return np.rint(pixels[..., :3] * alpha + np.float32(background) * (1 - alpha)).astype(np.uint8)
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+def resize_shorter(rgb: np.ndarray, size: int) -> np.ndarray:
+    """Makes a picture smaller, (h, w, 3) uint8, until its shorter side is `size`; smaller ones stay as they are."""
+    return _resize(rgb, size) if min(rgb.shape[:2]) > size else rgb
+
+
+def resize_and_crop(rgb: np.ndarray, resolution: int) -> np.ndarray:
+    """Shorter side to `resolution`, up or down, then the square in the middle: (resolution, resolution, 3) uint8."""
+    rgb = _resize(rgb, resolution)
+    top, left = (rgb.shape[0] - resolution) // 2, (rgb.shape[1] - resolution) // 2
+    return np.ascontiguousarray(rgb[top : top + resolution, left : left + resolution])
+
+
+def _resize(rgb: np.ndarray, shorter: int) -> np.ndarray:
+    """Lanczos, whose support grows with the reduction, so that fine patterns do not alias."""
+    height, width = rgb.shape[:2]
+    scale = shorter / min(height, width)
+    size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    if size == (width, height):
+        return rgb
+    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+
+
+# -- pixels <-> tensor ------------------------------------------------------------------------------------------------
+def to_tensor(rgb: np.ndarray) -> Tensor:
+    """(h, w, 3) or (b, h, w, 3) uint8 -> image (3, H, W) or (b, 3, H, W) float32 in [-1, 1]."""
+    import torch
+
+    levels = torch.from_numpy(np.moveaxis(rgb, -1, -3).astype(np.float32))
+    return levels / 127.5 - 1
+
+
+def to_rgb(image: Tensor) -> np.ndarray:
+    """image (3, H, W) or (b, 3, H, W) in [-1, 1], cut to it -> (H, W, 3) or (b, H, W, 3) uint8."""
+    import torch
+
+    levels = ((image.detach().to(torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(levels.movedim(-3, -1).cpu().numpy())
+
+
+# -- pixels -> bytes --------------------------------------------------------------------------------------------------
+def encode_png(rgb: np.ndarray) -> bytes:
+    """(h, w, 3) uint8 as PNG."""
+    return _encode(rgb, format="PNG")
+
+
+def encode_jpeg(rgb: np.ndarray, quality: int) -> bytes:
+    """(h, w, 3) uint8 as JPEG with full colour resolution: thin coloured lines are what drawings are made of."""
+    return _encode(rgb, format="JPEG", quality=quality, subsampling=0)
+
+
+def _encode(rgb: np.ndarray, **options: object) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(rgb).save(sink, **options)  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+def image_grid(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """Pictures of one size, each (h, w, 3) uint8, row by row on a white sheet, `gap` pixels apart."""
+    sizes = {picture.shape for picture in pictures}
+    if len(sizes) != 1 or columns < 1:
+        raise ValueError(f"a grid needs pictures of one size and at least one column; found {sizes}, {columns} columns")
+    height, width, _ = pictures[0].shape
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
