@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldm.config import TrainingRunConfig
+
 
 # ---- what: conf/dataset ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -95,12 +97,8 @@ class TrainResources:
     workers: int  # processes, one for each GPU
     num_cpus: float  # for each worker
     num_gpus: float  # for each worker; 0 trains on the processor
-    threads: int  # processor threads of each worker
-    micro_batch_size: int  # samples of one forward pass of one worker
-    zero_stage: int  # DeepSpeed ZeRO stage, 0 to 3
-    loader_workers: int  # processes that read latents for each worker; 0 reads in the training process
     max_failures: int  # restarts of the worker group before the stage fails
-    deepspeed: dict[str, object]  # further DeepSpeed keys, passed through
+    run: TrainingRunConfig
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,6 @@ class ClusterConfig:
     train: TrainResources
     whole: Resources  # generate, evaluate and train_autoencoder
     whole_threads: int  # processor threads of those three
-    checkpoint_every_steps: int
-    keep_checkpoints: int
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def _commit(job: Job, known: int, used: int, reasons: dict[str, int]) -> Record:
         at = "no step" if newest is None else f"step {newest.step}"
         raise RuntimeError(f"training stopped at {at} of {wanted}; the same command goes on from there")
     files = {}
-    for path in [*(newest.path / name for name in ("ema.safetensors", "config.json")), job.output / "selection.parquet"]:
+    weights = [newest.path / name for name in ("ema.safetensors", "config.json")]
+    for path in [*weights, job.output / "selection.parquet"]:
         name = str(path.relative_to(job.output.path))
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with job.output.attempt(None, job.fingerprint) as attempt:
@@ -100,7 +101,7 @@ def work(arguments: dict[str, Any]) -> None:
             f"{job.output / 'plan.json'}, written by the driver, is not to be seen on this node: paths.outputs must "
             f"be a folder that all nodes share"
         )
-    torch.set_num_threads(job.how.cluster.train.threads)
+    torch.set_num_threads(job.how.cluster.train.run.threads)
     _train(job, train_data(job, arguments["selection"]))
 
 
