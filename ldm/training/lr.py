@@ -1,26 +1,87 @@
-"""Learning-rate multipliers: pure functions of the step, so that a resume needs no state."""
+"""Learning-rate multipliers: pure functions of the step, so that a resumed run needs no scheduler state.
+
+`multiplier` is what training uses, by name. The parts below it also build the schedules of the released configurations:
+several cycles one after another, each with its own warm-up, peak and floor.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
-NAMES = ("constant", "cosine", "linear", "inverse_sqrt")
+NAMES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 
-def multiplier(name: str, step: int, *, warmup_steps: int, max_steps: int, end: float) -> float:
-    """What the learning rate is multiplied with in update `step`, counted from 0.
+def multiplier(name: str, step: int, warmup_steps: int, max_steps: int, end: float) -> float:
+    """Share of the peak learning rate that update `step`, counted from 1, is made with.
 
-    All rise linearly over `warmup_steps`. Then "constant" stays at 1, "cosine" and "linear" fall to `end` at
-    `max_steps`, "inverse_sqrt" falls as sqrt(warmup_steps / step) (Vaswani et al. 2017, Sec. 5.3).
+    It rises in a straight line to 1 at `warmup_steps`; linear and cosine then fall to `end` at `max_steps` and stay
+    there, inverse_sqrt falls as sqrt(warmup_steps / step) (Vaswani et al. 2017, Eq. 3) but never under `end`.
     """
-    if name not in NAMES:
-        raise ValueError(f"training.lr_schedule is {name!r}; there are: {', '.join(NAMES)}")
+    check(name, warmup_steps, max_steps, end)
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return warmup(step, warmup_steps, 0.0, 1.0)
     if name == "constant":
         return 1.0
     if name == "inverse_sqrt":
-        return math.sqrt(max(warmup_steps, 1) / max(step, 1))
-    done = min(1.0, (step - warmup_steps) / max(max_steps - warmup_steps, 1))
-    left = 1 - done if name == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return end + (1 - end) * left
+        return max(end, inverse_sqrt(step, warmup_steps))
+    after = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return linear(after, 1.0, end) if name == "linear" else cosine(after, 1.0, end)
+
+
+def check(name: str, warmup_steps: int, max_steps: int, end: float) -> None:
+    """Raises ValueError for settings that make no schedule."""
+    if name not in NAMES:
+        raise ValueError(f"training.lr_schedule is {name!r}; there are: {', '.join(NAMES)}")
+    if not 0 <= warmup_steps <= max_steps:
+        raise ValueError(
+            f"training.warmup_steps is {warmup_steps}; it must be between 0 and training.max_steps, {max_steps}"
+        )
+    if not 0 <= end <= 1:
+        raise ValueError(f"training.lr_end is {end}, a share of the learning rate; it must be between 0 and 1")
+
+
+def warmup(step: float, warmup_steps: int, start: float, peak: float) -> float:
+    """A straight line from `start` at step 0 to `peak` at `warmup_steps`."""
+    return start + (peak - start) / warmup_steps * step
+
+
+def linear(share: float, peak: float, end: float) -> float:
+    """A straight line from `peak` at share 0 to `end` at share 1 of the way, and `end` from there on."""
+    return end + (peak - end) * (1 - min(share, 1.0))
+
+
+def cosine(share: float, peak: float, end: float) -> float:
+    """Half a cosine from `peak` at share 0 to `end` at share 1 of the way (Loshchilov & Hutter 2017, Eq. 5)."""
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def inverse_sqrt(step: float, warmup_steps: int) -> float:
+    """1 at `warmup_steps`, then falling with the square root of the step."""
+    return math.sqrt(max(1, warmup_steps) / max(1, step))
+
+
+def linear_cycle(step: int, warmup_steps: int, cycle_steps: int, start: float, peak: float, end: float) -> float:
+    """Warm-up, then the line that would fall from `peak` at step 0 to `end` at `cycle_steps`.
+
+    This is the original's LambdaLinearScheduler: its line is counted from the cycle's start, so that the multiplier
+    drops a little where warm-up ends, unless `end` equals `peak`.
+    """
+    if step < warmup_steps:
+        return warmup(step, warmup_steps, start, peak)
+    return linear(step / cycle_steps, peak, end)
+
+
+def cosine_cycle(step: int, warmup_steps: int, cycle_steps: int, start: float, peak: float, end: float) -> float:
+    """Warm-up, then half a cosine to `end` at `cycle_steps`: the original's LambdaWarmUpCosineScheduler."""
+    if step < warmup_steps:
+        return warmup(step, warmup_steps, start, peak)
+    return cosine((step - warmup_steps) / (cycle_steps - warmup_steps), peak, end)
+
+
+def cycles(step: int, lengths: Sequence[int], parts: Sequence[Callable[[int], float]]) -> float:
+    """The multiplier of the cycle that `step` lies in; a cycle's last step is still its own, the last never ends."""
+    ends = list(accumulate(lengths))
+    index = next((i for i, end in enumerate(ends) if step <= end), len(ends) - 1)
+    return parts[index](step - (ends[index] - lengths[index]))
