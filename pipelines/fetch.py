@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from http.client import HTTPException
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.robotparser import RobotFileParser
 
@@ -211,7 +212,7 @@ class Fetcher:
         except FetchError:
             self._close(connection)
             raise
-        except (OSError, HTTPError, ValueError) as error:
+        except (OSError, HTTPError, HTTPException, ValueError) as error:
             self._close(connection)
             if time.monotonic() >= deadline or isinstance(error, TimeoutError):
                 raise FetchError("timeout") from error

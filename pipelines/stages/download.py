@@ -22,8 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ldm.images import ImageError, decode_rgb, encode_jpeg, resize_shorter
 
+from ldm.images import ImageError, decode_rgb, encode_jpeg, resize_shorter
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
 from pipelines.fetch import Fetcher, FetchError

@@ -52,21 +52,21 @@ def _place_selection(job: Job, masks: dict[int, np.ndarray]) -> str:
 
 def _commit(job: Job, known: int, used: int, reasons: dict[str, int]) -> Record:
     """The record of the stage: the last checkpoint's averaged weights are what later stages read."""
-    from ldm.training.checkpoint import newest_committed
+    from ldm.training.checkpoint import newest
 
-    newest = newest_committed(job.output.path)
+    last = newest(job.output.path)
     wanted = job.what["training"].max_steps
-    if newest is None or newest.step < wanted:
-        at = "no step" if newest is None else f"step {newest.step}"
+    if last is None or last.step < wanted:
+        at = "no step" if last is None else f"step {last.step}"
         raise RuntimeError(f"training stopped at {at} of {wanted}; the same command goes on from there")
     files = {}
-    weights = [newest.path / name for name in ("ema.safetensors", "config.json")]
+    weights = [last.path / name for name in ("ema.safetensors", "config.json")]
     for path in [*weights, job.output / "selection.parquet"]:
         name = str(path.relative_to(job.output.path))
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with job.output.attempt(None, job.fingerprint) as attempt:
         return attempt.commit(rows=known, samples=used, dropped=reasons, inputs=input_digests(job.inputs),
-                              facts={"training.max_steps": newest.step}, keep=files)
+                              facts={"training.max_steps": last.step}, keep=files)
 
 
 def train_data(job: Job, selection: str) -> Any:
