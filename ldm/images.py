@@ -167,7 +167,7 @@ def to_tensor(rgb: np.ndarray) -> Tensor:
     """(h, w, 3) or (b, h, w, 3) uint8 -> image (3, H, W) or (b, 3, H, W) float32 in [-1, 1]."""
     import torch
 
-    levels = torch.from_numpy(np.moveaxis(rgb, -1, -3).astype(np.float32))
+    levels = torch.from_numpy(np.moveaxis(rgb, -1, -3).astype(np.float32, order="C"))
     return levels / 127.5 - 1
 
 
