@@ -149,14 +149,6 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class LatentClassifierConfig:
-    """A classifier of noisy latents for classifier guidance: a U-Net's way down and an attention pool."""
-
-    encoder: UNetConfig  # out_channels are the classes
-    latent_size: int  # side of the latents, which the pool's positions fix
-
-
-@dataclass(frozen=True)
 class ClassEmbedderConfig:
     """Class label -> one context token."""
 

@@ -7,6 +7,7 @@ other costs nothing there; in contiguous memory it is a transpose. Module names 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,17 +28,18 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = make_projection(channels, linear)
+        ones = 0 if linear else 2  # a 1x1 convolution in the older models
+        self.proj_in = Pointwise(channels, channels, ones)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim, cross_only) for _ in range(depth)
         )
-        self.proj_out = zeroed(make_projection(channels, linear))
+        self.proj_out = zeroed(Pointwise(channels, channels, ones))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        tokens = project(self.proj_in, to_tokens(self.norm(x)))  # (b, h*w, c)
+        tokens = self.proj_in(to_tokens(self.norm(x)))  # (b, h*w, c)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return x + to_map(project(self.proj_out, tokens), x)
+        return x + to_map(self.proj_out(tokens), x)
 
 
 class TransformerBlock(nn.Module):
@@ -74,8 +76,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         source = x if context is None else context
         q, k, v = (
-            split_heads(project(y), self.heads)
-            for project, y in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
+            split_heads(project(tokens), self.heads)
+            for project, tokens in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
         return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
 
@@ -117,17 +119,53 @@ class AttentionBlock(nn.Module):
         self.heads = heads
         self.qkv_first = qkv_order == "qkv_first"
         self.norm = nn.GroupNorm(groups, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.proj_out = zeroed(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = project(self.qkv, to_tokens(self.norm(x)))  # (b, h*w, 3c)
-        if self.qkv_first:
-            q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=2))
-        else:
-            q, k, v = split_heads(qkv, self.heads).chunk(3, dim=3)
-        mixed = join_heads(F.scaled_dot_product_attention(q, k, v))
-        return x + to_map(project(self.proj_out, mixed), x)
+        mixed = attend_packed(self.qkv(to_tokens(self.norm(x))), self.heads, self.qkv_first)  # (b, h*w, c)
+        return x + to_map(self.proj_out(mixed), x)
+
+
+class AttentionPool(nn.Module):
+    """A map (b, c, h, w) -> (b, out): its mean, as one more position, attends to all (Radford et al. 2021)."""
+
+    def __init__(self, channels: int, heads: int, out: int, positions: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(channels, positions + 1) / channels**0.5)
+        self.qkv_proj = Pointwise(channels, 3 * channels, 1)
+        self.c_proj = Pointwise(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # (b, 1 + h*w, c)
+        tokens = tokens + self.positional_embedding.t()
+        return self.c_proj(attend_packed(self.qkv_proj(tokens), self.heads, qkv_first=True)[:, 0])
+
+
+class Pointwise(nn.Linear):
+    """A linear layer over tokens whose weight may have the shape of a convolution of size 1: (out, c, 1, ...).
+
+    So it loads what the original calls a convolution; the numbers are the same. On a processor, the backward pass of
+    a 1x1 convolution takes up to three times as long as that of the matrix product.
+    """
+
+    def __init__(self, channels: int, out: int, ones: int) -> None:
+        super().__init__(channels, out)
+        self.weight = nn.Parameter(self.weight.detach().reshape(out, channels, *[1] * ones))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
+
+
+def attend_packed(qkv: Tensor, heads: int, qkv_first: bool) -> Tensor:
+    """Self-attention from one projection (b, l, 3c), kept as (qkv, head, c) or (head, qkv, c): (b, l, c)."""
+    if qkv_first:
+        q, k, v = (split_heads(part, heads) for part in qkv.chunk(3, dim=2))
+    else:
+        q, k, v = split_heads(qkv, heads).chunk(3, dim=3)
+    return join_heads(F.scaled_dot_product_attention(q, k, v))
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -148,16 +186,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(b, heads, l, c) -> (b, l, heads*c)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def make_projection(channels: int, linear: bool) -> nn.Module:
-    """A layer from c to c channels at each position: its weight has the shape of a linear layer or of a convolution."""
-    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-
-
-def project(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """Apply a linear layer or a convolution of size 1 to tokens (b, l, c): a matrix product either way."""
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models.attention import SpatialTransformer, zeroed
+from ldm.models.attention import Pointwise, SpatialTransformer, to_map, to_tokens, zeroed
 
 
 class ResBlock(nn.Module):
@@ -44,7 +44,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(out, out, 3, padding=1))
         )
-        self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
+        self.skip_connection = nn.Identity() if out == channels else Pointwise(channels, out, 2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
             h = norm(h + step)
         for layer in rest:
             h = layer(h)
-        return self.skip_connection(x) + h
+        return h + to_map(self.skip_connection(to_tokens(x)), x)
 
 
 class Downsample(nn.Module):

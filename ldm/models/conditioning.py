@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config import ClassEmbedderConfig, SpatialRescalerConfig
+from ldm.models.blocks import embed_timestep
 
 
 class ClassEmbedder(nn.Module):
@@ -38,3 +39,8 @@ class SpatialRescaler(nn.Module):
         for _ in range(self.config.stages):
             x = F.interpolate(x, scale_factor=self.config.multiplier, mode=self.config.method)
         return x if self.config.out_channels is None else self.channel_mapper(x)
+
+
+def embed_numbers(numbers: Tensor, width: int = 256) -> Tensor:
+    """Sizes, crops or scores (b, k) -> (b, k * width), embedded as timesteps are (Podell et al. 2023, Sec. 2.2)."""
+    return embed_timestep(numbers.flatten(), width).view(len(numbers), -1)

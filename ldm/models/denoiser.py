@@ -4,16 +4,20 @@ A condition is a dict of named tensors. Those that a U-Net reads itself (context
 through as they are; the others are first encoded:
 
     tokens, layout (b, l) int64    -> text encoder     -> context (b, l, d)
+    tokens, sizes (b, k)           -> text encoder     -> context, and vector where the U-Net reads one (SDXL)
     class_label (b,) int64         -> class embedder   -> context (b, 1, d), where there is an embedder
     segmentation (b, c, H, W)      -> spatial rescaler -> concat (b, c', h, w)
+
+Encoding depends on neither z_t nor t, so samplers do it once for a whole trajectory.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ldm.config import ClassEmbedderConfig, SpatialRescalerConfig, TextEncoderConfig, UNetConfig
-from ldm.models.conditioning import ClassEmbedder, SpatialRescaler
+from ldm.models.conditioning import ClassEmbedder, SpatialRescaler, embed_numbers
 from ldm.models.text_encoder import make_text_encoder
 from ldm.models.unet import UNet
 
@@ -40,36 +44,36 @@ class Denoiser(nn.Module):
         return self.unet(z_t, t, **self.encode_condition(condition))
 
     def encode_condition(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the U-Net reads, from what a sample is conditioned on; a condition once encoded stays as it is.
-
-        Samplers call it once for a whole trajectory.
-        """
-        encoders = {
-            "tokens": ("context", self.text_encoder),
-            "layout": ("context", self.text_encoder),
-            "class_label": ("context", self.class_embedder),
-            "segmentation": ("concat", self.spatial_rescaler),
-        }
-        encoded = {}
-        for name, value in condition.items():
-            result, encoder = encoders.get(name, (name, None))
-            if result in condition and result != name:
-                continue  # it has been encoded already
-            if encoder is not None:
-                encoded[result] = encoder(value)
-            elif name in UNET_INPUTS:
-                encoded[name] = value
-            else:
-                raise ValueError(f'nothing in this model reads the condition "{name}"; it reads {self.reads()}')
+        """What the U-Net reads, from what a sample is conditioned on; once encoded, a condition stays as it is."""
+        unread = sorted(set(condition) - set(self.reads()))
+        if unread:
+            raise ValueError(f"the condition holds {unread}; this model reads {self.reads()}")
+        encoded = {name: condition[name] for name in UNET_INPUTS if name in condition}
+        text = condition.get("tokens", condition.get("layout"))
+        if text is not None and "context" not in encoded:
+            encoded |= self.encode_text(text, condition.get("sizes"))
+        if self.class_embedder is not None and "class_label" in encoded:
+            encoded["context"] = self.class_embedder(encoded.pop("class_label"))
+        if "segmentation" in condition and "concat" not in encoded:
+            encoded["concat"] = self.spatial_rescaler(condition["segmentation"])
         return encoded
+
+    def encode_text(self, tokens: Tensor, sizes: Tensor | None) -> dict[str, Tensor]:
+        """Tokens (b, l) -> context; with sizes (b, k) also the vector of SDXL: pooled output, then the sizes."""
+        if sizes is None:
+            return {"context": self.text_encoder(tokens)}
+        context, pooled = self.text_encoder.encode(tokens)
+        return {"context": context, "vector": torch.cat([pooled, embed_numbers(sizes).to(pooled)], dim=1)}
 
     def reads(self) -> list[str]:
         """The names that a condition may have."""
         names = list(UNET_INPUTS)
         if self.text_encoder is not None:
             names += ["tokens", "layout"]
+        if hasattr(self.text_encoder, "encode"):
+            names.append("sizes")
         if self.spatial_rescaler is not None:
-            names += ["segmentation"]
+            names.append("segmentation")
         return names
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UNetConfig
-from ldm.models.attention import AttentionBlock, SpatialTransformer, zeroed
+from ldm.models.attention import AttentionBlock, AttentionPool, SpatialTransformer, zeroed
 from ldm.models.blocks import Downsample, Layers, ResBlock, Upsample, embed_timestep
 
 
@@ -69,10 +69,14 @@ class Encoder(nn.Module):
         """The attention of a level, or nothing if it has none."""
         return [self.attention(channels, level)] if 2**level in self.config.attention_resolutions else []
 
+    def heads(self, channels: int) -> int:
+        """Heads of an attention of this width."""
+        return self.config.num_heads or channels // self.config.num_head_channels
+
     def attention(self, channels: int, level: int) -> nn.Module:
         """A transformer or an attention block as the configuration wants it."""
         config = self.config
-        heads = config.num_heads or channels // config.num_head_channels
+        heads = self.heads(channels)
         if config.transformer_depth is None:
             return AttentionBlock(channels, heads, config.qkv_order, config.norm_groups)
         return SpatialTransformer(
@@ -144,6 +148,32 @@ class UNet(Encoder):
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)
+
+
+class LatentClassifier(Encoder):
+    """z_t (b, c, h, w), t (b,) -> logits (b, out_channels): its gradient steers a sampler (Dhariwal & Nichol 2021).
+
+    Latents have the one side that it is made for, `latent_size`.
+    """
+
+    def __init__(self, config: UNetConfig, latent_size: int) -> None:
+        super().__init__(config)
+        channels = self.skip_channels[-1]
+        side = latent_size // 2 ** (len(config.channel_mult) - 1)
+        self.latent_size = latent_size
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, channels),
+            nn.SiLU(),
+            AttentionPool(channels, self.heads(channels), config.out_channels, side**2),
+        )
+
+    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+        check_inputs(self.config, z_t, None, None, None, None)
+        if z_t.shape[2:] != (self.latent_size, self.latent_size):
+            raise ValueError(
+                f"latents are {z_t.shape[2]} x {z_t.shape[3]}; this classifier's latent_size is {self.latent_size}"
+            )
+        return self.out(self.descend(z_t, self.embed(t, None, None), None)[-1])
 
 
 def embedding(width: int, emb: int) -> nn.Sequential:
