@@ -17,7 +17,7 @@ from pipelines.selection import read_selection
 class Sample:
     key: str
     caption: str
-    fields: dict[str, bytes]  # as the shard holds it: "moments.npy", "txt"
+    fields: dict[str, bytes]  # as the shard holds it: "moments.npy" or "latent.npy", "txt"
 
 
 def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
@@ -54,6 +54,11 @@ def autoencoder_settings(job: Job) -> AutoencoderSettings:
     if given.weights is not None:
         return replace(given, weights=str(weights_path(given.weights)))
     return replace(given, weights=str(job.inputs["train_autoencoder"] / "autoencoder.safetensors"))
+
+
+def latent_field(autoencoder: AutoencoderSettings) -> str:
+    """The member of a cached sample that holds its latent."""
+    return "moments.npy" if autoencoder.network.posterior == "kl" else "latent.npy"
 
 
 def input_digests(inputs: dict[str, StageFolder]) -> dict[str, str]:

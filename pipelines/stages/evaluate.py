@@ -20,7 +20,7 @@ from ldm.sheet import Tile, draw_sheet
 from pipelines.dag import Job
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, read_json, write_json, write_whole
-from pipelines.training_set import Sample, autoencoder_settings, input_digests, training_set
+from pipelines.training_set import Sample, autoencoder_settings, input_digests, latent_field, training_set
 
 COLUMNS = 4
 DECODE_BATCH = 32
@@ -74,8 +74,8 @@ def _tell(job: Job, figures: dict[str, Any]) -> None:
 
 def clean_latents(samples: list[Sample], autoencoder: AutoencoderSettings) -> Tensor:
     """The scaled means of the samples' posteriors (m, c, h, w): what the denoiser is to find again."""
-    channels = autoencoder.network.latent_channels
-    means = [torch.from_numpy(decode_array(sample.fields["moments.npy"])[:channels]).float() for sample in samples]
+    channels, field = autoencoder.network.latent_channels, latent_field(autoencoder)
+    means = [torch.from_numpy(decode_array(sample.fields[field])[:channels]).float() for sample in samples]
     return autoencoder.scale_factor * torch.stack(means)
 
 
