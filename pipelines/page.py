@@ -54,6 +54,7 @@ figcaption { color: var(--soft); font-size: .78rem; line-height: 1.3; margin-top
 img { max-width: 100%; display: block; border-radius: .4rem; background: #fff; }
 .gone { aspect-ratio: 1; border: 1px dashed var(--soft); border-radius: .4rem; display: grid; place-items: center;
   color: var(--soft); font-size: .75rem; text-align: center; }
+svg { max-width: 46rem; width: 100%; display: block; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .curve { stroke: var(--accent); stroke-width: 1.6; fill: none; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
@@ -115,8 +116,8 @@ def number_card(value: str, label: str) -> str:
     return f'<div class="card"><b>{escape(value)}</b><span class="soft">{escape(label)}</span></div>'
 
 
-def bar(parts: Sequence[tuple[str, int]]) -> str:
-    """One bar of labelled lengths and its key; the first part is what was kept."""
+def bar(parts: Sequence[tuple[str, int]], width: float = 1.0) -> str:
+    """One bar of labelled lengths over a share of the page's width, and its key; the first part is what was kept."""
     total = sum(count for _, count in parts) or 1
     colours = ["var(--kept)", *(COLOURS[i % len(COLOURS)] for i in range(len(parts)))]
     shown = [(label, count, colour) for (label, count), colour in zip(parts, colours, strict=False) if count]
@@ -128,7 +129,7 @@ def bar(parts: Sequence[tuple[str, int]]) -> str:
         f'<span class="key"><i style="background:{colour}"></i>{escape(label)} {count:,}</span>'
         for label, count, colour in shown
     )
-    return f'<div class="bar">{"".join(spans)}</div><div>{"".join(keys)}</div>'
+    return f'<div class="bar" style="width:{width:.0%}">{"".join(spans)}</div><div>{"".join(keys)}</div>'
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
@@ -165,20 +166,20 @@ def curve(points: Sequence[tuple[float, float]], label: str, logarithmic: bool =
     if len(usable) < 2:
         return ""
     lost = len(points) - len(usable)
-    width, height, left, bottom = 640, 240, 56, 26
+    width, height, left, bottom, right = 640, 240, 56, 26, 24
     scale = math.log10 if logarithmic else float
     xs, ys = [x for x, _ in usable], [scale(y) for _, y in usable]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     y0, y1 = (y0, y1) if y1 > y0 else (y0 - 0.5, y1 + 0.5)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (width - left - 8) * (x - x0) / ((x1 - x0) or 1)
+        across = left + (width - left - right) * (x - x0) / ((x1 - x0) or 1)
         return across, (height - bottom) - (height - bottom - 12) * (scale(y) - y0) / (y1 - y0)
 
     grid = []
     for tick in ticks(10**y0 if logarithmic else y0, 10**y1 if logarithmic else y1, logarithmic):
         _, y = place(x0, tick)
-        grid.append(f'<line class="grid" x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        grid.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
                     f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in ticks(x0, x1):
         x, _ = place(tick, usable[0][1])
@@ -209,7 +210,7 @@ def ticks(low: float, high: float, logarithmic: bool = False) -> list[float]:
     if logarithmic:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
-        if len(found) >= 2:
+        if len(found) >= 4:
             return found[:: math.ceil(len(found) / 6)]
     if high <= low:
         return [low]

@@ -187,10 +187,9 @@ def _funnel(stages: list[Made]) -> list[str]:
         lost = rows - kept - sum(dropped.values())
         total = f"{rows:,} in = {kept:,} out + {sum(dropped.values()):,} dropped"
         verdict = f"{total}: every row is accounted for" if lost == 0 else f"{total}: {lost:,} ARE MISSING"
-        width = max(12, round(100 * rows / largest))
         blocks.append(
             f'<div class="step"><div class="head"><b>{stage.name}</b><span class="soft">{cell(verdict)}</span></div>'
-            f'<div style="width:{width}%">{bar([("out", kept), *by_count])}</div></div>'
+            f'{bar([("out", kept), *by_count], width=max(0.1, rows / largest))}</div>'
         )
     return blocks
 
@@ -308,21 +307,22 @@ def _short(value: Any) -> Any:
 def _what_ran(said: Said, stages: list[Made]) -> list[str]:
     rows = []
     for stage in stages:
-        last = stage.runs[-1] if stage.runs else {}
+        newest = stage.runs[-1] if stage.runs else {}
         rows.append({
             "stage": stage.name,
             "fingerprint": Html(f"<code>{cell(stage.fingerprint[:12])}</code>"),
             "seconds": round(sum(run["seconds"] for run in stage.runs), 1),
             "runs": len(stage.runs),
-            "last finished": _when(1000 * last["finished"]) if last else "",
-            "host": last.get("host", ""),
-            "code": Html(f"<code>{cell(last.get('code_version', ''))}</code>"),
+            "last finished": _when(1000 * newest["finished"]) if newest else "",
+            "host": newest.get("host", ""),
+            "code": Html(f"<code>{cell(newest.get('code_version', ''))}</code>"),
         })  # fmt: skip
+    last = said.sessions[-1] if said.sessions else None
     sessions = [
         {
             "session": i,
             "begun": _when(session["begun"]),
-            "ended": _when(session["ended"]) if session["ended"] else "killed, or still running",
+            "ended": _when(session["ended"]) if session["ended"] else "still open" if session is last else "killed",
             "status": session["status"].lower(),
             "reason": session["reason"],
         }
