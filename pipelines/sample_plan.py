@@ -19,6 +19,7 @@ from pipelines.settings import SampleWebConfig
 SHY_HOST = "gallery.quiet.test"  # its robots.txt forbids /private/, and nothing else
 HOSTS = ("cdn.harbour.test", "img.meadow.test", "blog.lantern.test", "static.orchard.test", "www.copper-shop.test",
          SHY_HOST)  # fmt: skip
+ENDLESS_BYTES = 64 << 20  # of a body that is too large
 FOLDERS = ("images", "uploads/2019", "photos", "wp-content/2021/03", "media/large")
 
 
