@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipelines.drawings import Drawing, drawings
-from pipelines.sample_pictures import FORMATS, LAID, SUBJECTS, Picture, by_hexcode
+from pipelines.sample_pictures import FORMATS, LAID, SUBJECTS, UNSTEADY, Picture, by_hexcode
 from pipelines.settings import SampleWebConfig
 
 # Invented hosts under a domain that no name service knows (RFC 6761).
@@ -131,6 +131,7 @@ def _rows(numbers: dict[str, int], rng: random.Random) -> Iterator[Row]:
         row = _sound(len(good), "good", by_hexcode()[hexcode], _picture(hexcode, rng, form), rng)
         good.append(replace(row, hops={5: 2, 17: 1}.get(i % 24, 0)))
     yield from good
+    steady = [row for row in good if row.picture.hexcode not in UNSTEADY]
     others = [drawing for drawing in drawings() if drawing.hexcode not in SUBJECTS and len(drawing.caption) > 2]
     rng.shuffle(others)
     number = len(good)
@@ -138,7 +139,7 @@ def _rows(numbers: dict[str, int], rng: random.Random) -> Iterator[Row]:
         for i in range(numbers[kind.name]):
             drawing = others[number % len(others)]
             row = _sound(number, kind.name, drawing, _picture(drawing.hexcode, rng), rng)
-            yield _spoil(row, good[(i * 7) % len(good)], rng)
+            yield _spoil(row, steady[i * 7 % len(steady)], rng)
             number += 1
 
 
