@@ -68,7 +68,8 @@ def reason_sql(settings: FilterMetadataConfig, columns: dict[str, str]) -> str:
     """A CASE expression: the first reason to drop a row, or ''."""
     rules = [("no_url", "coalesce(trim(url), '') = ''"), ("no_caption", "coalesce(trim(caption), '') = ''")]
     if all(name in columns for name in SHAPE):
-        rules.append(("too_small", f"coalesce(least(width, height), 0) < {settings.min_size}"))
+        unknown = "width IS NULL OR height IS NULL"
+        rules.append(("too_small", f"{unknown} OR least(width, height) < {settings.min_size}"))
         rules.append(("extreme_shape", f"greatest(width, height) > {settings.max_aspect} * least(width, height)"))
     for score, (low, high) in settings.bounds.items():
         outside = [f"{score} IS NULL OR isnan({score}::DOUBLE)"]
@@ -120,7 +121,7 @@ def _shards(database: Any, shard_samples: int) -> Iterator[pa.Table]:
     """The kept rows in order, a table of `shard_samples` rows at a time."""
     query = "SELECT * EXCLUDE (file, row, reason) FROM rows WHERE reason = '' ORDER BY file, row"
     rest: pa.Table | None = None
-    for batch in database.cursor().execute(query).to_arrow_reader(shard_samples):
+    for batch in database.cursor().sql(query).to_arrow_reader(shard_samples):
         table = pa.Table.from_batches([batch])
         rest = table if rest is None else pa.concat_tables([rest, table])
         while rest.num_rows >= shard_samples:
