@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def decay_at(decay: float, updates: int) -> float:
-    """How much of the average stays at an update, counted from 1: less at first, so that the random start is forgotten."""
+    """How much of the average stays at an update, counted from 1: little at first, to forget the random start."""
     return min(decay, (1 + updates) / (10 + updates))
 
 

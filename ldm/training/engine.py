@@ -1,0 +1,348 @@
+"""Everything DeepSpeed: the process group, ZeRO, precision, accumulation, and who holds which weights.
+
+The rest of the project sees an Engine: backward(loss) for each micro batch, update(learning_rate) for each step, and
+`stretches`, the float32 weights and optimizer states that this process holds. What ZeRO shares out:
+
+    stage 0   nothing: every process holds everything      stage 2   and gradients
+    stage 1   optimizer state and float32 weights          stage 3   and the weights that the model computes with
+
+Without DeepSpeed's own checkpoints there is nothing to unpickle and nothing that ties a run to a number of processes:
+ldm/training/checkpoint.py keeps stretches by parameter, and `restore` takes whichever of them this process holds now.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.config import TrainingConfig, TrainingRunConfig
+from ldm.training.checkpoint import KINDS, Stretch
+
+PRECISIONS = ("float32", "bf16_autocast", "bf16")
+
+# Keys of DeepSpeed's configuration that follow from settings of ours, and those settings.
+OWNED = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "cluster.train.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and cluster.train.micro_batch_size",
+    "gradient_clipping": "training.gradient_clipping",
+    "optimizer": "training.learning_rate, beta1, beta2, epsilon and weight_decay",
+    "scheduler": "training.lr_schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "torch_autocast": "training.precision",
+    "zero_optimization.stage": "cluster.train.zero_stage",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def join() -> World:
+    """Joins the process group that Ray Train or torchrun prepared; without either, this process is alone in one."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "LOCAL_RANK"):  # DeepSpeed asks for them even in a group that exists
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        alone = "MASTER_ADDR" not in os.environ
+        own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(backend, **own)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    _join_deepspeed(cuda)
+    return World(
+        dist.get_rank(), dist.get_world_size(), torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    )
+
+
+def _join_deepspeed(cuda: bool) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed).*")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not cuda:
+        # Shared memory between processes of one machine: compiling it takes minutes, and gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep large blocks that are freed: a step frees and takes the same ones again and again, and each
+    fresh page from the kernel costs more than the arithmetic on it (measured: a third of a small model's step)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def accumulation(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro batches of each process in a step. Raises ValueError, naming what fits, where they do not come out even."""
+    if batch_size % world_size:
+        low = batch_size // world_size * world_size
+        raise ValueError(
+            f"training.batch_size is {batch_size}, which {world_size} processes cannot share equally; "
+            f"the nearest that fit are {' and '.join(str(n) for n in (low, low + world_size) if n)}"
+        )
+    share = batch_size // world_size
+    if share % micro_batch_size:
+        fit = [n for n in range(1, share + 1) if share % n == 0]
+        raise ValueError(
+            f"cluster.train.micro_batch_size is {micro_batch_size}, which does not divide the {share} samples that "
+            f"each of {world_size} processes has of a batch; these do: {', '.join(map(str, fit))}"
+        )
+    return share // micro_batch_size
+
+
+def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's configuration: our settings, and the keys that the user passes through."""
+    if training.precision not in PRECISIONS:
+        raise ValueError(f"training.precision is {training.precision!r}; there are: {', '.join(PRECISIONS)}")
+    if training.precision == "bf16" and how.zero_stage == 0:
+        raise ValueError(
+            "training.precision=bf16 keeps float32 masters only from cluster.train.zero_stage=1 on; set that"
+        )
+    zero: dict[str, Any] = {"stage": how.zero_stage}
+    if world.device.type == "cpu":
+        # Nothing overlaps on a processor, so gradients need no buffer of their own (measured: 1.3 times as quick).
+        zero |= {"overlap_comm": False}
+        if how.zero_stage < 3:
+            zero |= {"contiguous_gradients": False, "reduce_scatter": False}
+    config = {
+        "train_micro_batch_size_per_gpu": how.micro_batch_size,
+        "gradient_accumulation_steps": accumulation(training.batch_size, how.micro_batch_size, world.world_size),
+        # At stage 0 update() clips by itself: DeepSpeed would divide by a norm that is not finite.
+        "gradient_clipping": (training.gradient_clipping or 0.0) if how.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, which needs no compiler
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "torch_autocast": {"enabled": training.precision == "bf16_autocast", "dtype": "bfloat16"},
+    }
+    return _merged(config, how.deepspeed, "")
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        if path + key in OWNED:
+            raise ValueError(f"cluster.train.deepspeed.{path}{key} is decided by {OWNED[path + key]}; set it there")
+        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        merged[key] = _merged(ours[key], value, f"{path}{key}.") if both else value  # type: ignore[arg-type]
+    return merged
+
+
+class NonFiniteGradient(RuntimeError):
+    """The gradient's norm is not a number or infinite; the weights were not touched."""
+
+
+class Engine:
+    """A module under DeepSpeed."""
+
+    def __init__(self, module: nn.Module, training: TrainingConfig, how: TrainingRunConfig, world: World) -> None:
+        import deepspeed
+
+        self.module, self.world, self.stage = module, world, how.zero_stage
+        self.clipping = training.gradient_clipping
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        config = deepspeed_config(training, how, world)
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            eps=training.epsilon,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._micro_steps = 0
+
+    def __call__(self, z_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.deepspeed(z_t, t, condition)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro batch's gradient; the last of a step also averages over processes."""
+        self._micro_steps += 1
+        self.deepspeed.set_gradient_accumulation_boundary(self._micro_steps % self.accumulation == 0)
+        self.deepspeed.backward(loss)
+
+    def update(self, learning_rate: float) -> float:
+        """One step of the optimizer; returns the norm of the gradient before clipping.
+
+        Raises NonFiniteGradient on all processes, the weights untouched, when it is not finite.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = math.inf
+        if self.stage == 0:
+            clipping = math.inf if self.clipping is None else self.clipping
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), clipping))
+        if self.stage or math.isfinite(norm):
+            self.deepspeed.step()
+        if self.stage:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        if not math.isfinite(norm) or not self.deepspeed.was_step_applied():
+            raise NonFiniteGradient(f"the gradient's norm is {norm}")
+        return norm
+
+    # -- who holds what ------------------------------------------------------------------------------------------
+    def stretches(self) -> list[Stretch]:
+        """The float32 weights that this process is the one to keep; together the processes keep each element once.
+
+        The tensors are views: they follow the training.
+        """
+        held = [Stretch(p.name, p.start, {"weight": p.master()}) for p in self._held()]
+        return [self._share(stretch) for stretch in held] if self.stage == 0 else held
+
+    def states(self) -> list[Stretch]:
+        """The same stretches with their optimizer states, for a checkpoint."""
+        held = [Stretch(p.name, p.start, {kind: p.state(kind) for kind in KINDS}) for p in self._held()]
+        return [self._share(stretch) for stretch in held] if self.stage == 0 else held
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
+        """Sets weights and optimizer states from read(kind, name, start, stop), and the optimizer's count of steps."""
+        for part in self._held():
+            for kind in KINDS:
+                value = part.state(kind)
+                value.copy_(read(kind, part.name, part.start, part.start + value.numel()))
+            part.flat_state()["step"].fill_(step)
+        self._refresh()
+
+    @torch.no_grad()
+    def gather(self, stretches: list[Stretch], kind: str = "weight") -> dict[str, Tensor] | None:
+        """Whole tensors from every process's stretches, float32 on the CPU of the first process; None on the others."""
+        mine = {stretch.name: stretch for stretch in stretches}
+        whole: dict[str, Tensor] = {}
+        for names in self._buckets(2**25):
+            sizes = [self.shapes[name].numel() for name in names]
+            # As integers, because x + 0 would lose the sign of a zero.
+            flat = torch.zeros(sum(sizes), dtype=torch.int32, device=self.world.device)
+            for name, place in zip(names, flat.split(sizes), strict=True):
+                if name in mine:
+                    values = mine[name].tensors[kind].contiguous().view(torch.int32)
+                    place[mine[name].start : mine[name].start + values.numel()] = values
+            dist.reduce(flat, 0)
+            if self.world.rank == 0:
+                parts = flat.view(torch.float32).cpu().split(sizes)
+                whole |= {name: x.clone().view(self.shapes[name]) for name, x in zip(names, parts, strict=True)}
+        return whole if self.world.rank == 0 else None
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the module's state has besides trained weights."""
+        return {name: x.cpu() for name, x in self.module.state_dict().items() if name not in self.parameters}
+
+    def _buckets(self, elements: int) -> Iterator[list[str]]:
+        names: list[str] = []
+        for name, shape in self.shapes.items():
+            if names and sum(self.shapes[n].numel() for n in names) + shape.numel() > elements:
+                yield names
+                names = []
+            names.append(name)
+        yield names
+
+    def _share(self, stretch: Stretch) -> Stretch:
+        """This process's share of something that all processes hold."""
+        n = self.shapes[stretch.name].numel()
+        start, stop = (n * r // self.world.world_size for r in (self.world.rank, self.world.rank + 1))
+        return Stretch(stretch.name, start, {kind: x[start:stop] for kind, x in stretch.tensors.items()})
+
+    def _held(self) -> Iterator[_Held]:
+        """Every piece of a parameter that this process updates."""
+        optimizer = self.deepspeed.optimizer
+        for name, p in self.parameters.items():
+            if self.stage == 0:
+                yield _Held(name, 0, p, 0, p.numel(), optimizer.state)
+            elif self.stage == 3:
+                group, offset, padded = optimizer.grad_position[optimizer.get_param_id(p)]
+                start = padded * self.world.rank
+                n = min(padded, p.ds_numel - start)
+                if n > 0:
+                    yield _Held(
+                        name, start, optimizer.fp32_partitioned_groups_flat[group], offset, n, optimizer.optimizer.state
+                    )
+            elif (mapping := p._hp_mapping) is not None:
+                flat = _masters(optimizer)[mapping.param_group_index]
+                at, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield _Held(name, at.start, flat, here.start, here.numel, optimizer.optimizer.state)
+
+    def _refresh(self) -> None:
+        """Makes the weights that the model computes with follow the float32 ones."""
+        optimizer = self.deepspeed.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer._partition_all_parameters()
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _masters(optimizer: Any) -> list[Tensor]:
+    """The flat float32 weights of each parameter group, as ZeRO 1 and 2 and DeepSpeed's bf16 optimizer call them."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return optimizer.single_partition_of_fp32_groups
+    return optimizer.fp32_groups_flat_partition
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Elements of a parameter inside the flat tensor that the optimizer updates."""
+
+    name: str
+    start: int  # in the flattened parameter
+    flat: Tensor  # what the optimizer updates
+    offset: int  # in `flat`
+    numel: int
+    states: dict[Tensor, dict[str, Tensor]]  # of the optimizer
+
+    def master(self) -> Tensor:
+        return self.flat.detach().view(-1)[self.offset : self.offset + self.numel]
+
+    def state(self, kind: str) -> Tensor:
+        if kind == "weight":
+            return self.master()
+        return self.flat_state()[kind].view(-1)[self.offset : self.offset + self.numel]
+
+    def flat_state(self) -> dict[str, Tensor]:
+        """AdamW's state of the flat tensor, made as AdamW would make it where no step was taken yet."""
+        state = self.states[self.flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self.flat.device)
+            state["exp_avg"] = torch.zeros_like(self.flat, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(self.flat, requires_grad=False)
+        return state
+
+
+def checkpoint_activations(blocks: list[nn.Module]) -> None:
+    """Makes modules forget what they computed and compute it again for the backward pass: memory for time."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
