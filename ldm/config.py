@@ -74,7 +74,7 @@ class AutoencoderTrainingConfig:
     bias_learning_rate: float  # of the biases (Adam); likewise
     momentum: float
     ema_decay: float  # of the averaged weights, which are the result
-    kl_weight: float  # against a reconstruction loss of |d| + d^2, both means
+    kl_weight: float  # against the reconstruction loss of ldm/training/autoencoder_loss.py; both are means
     checkpoint_every_steps: int
     log_every_steps: int
     threads: int  # of the processor; results are the same to the bit for equal numbers only
