@@ -6,7 +6,10 @@ that a class configures names it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -261,3 +264,26 @@ class TrainingRunConfig:
     keep_checkpoints: int  # newest ones that stay
     keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none
     deepspeed: dict[str, object]  # further keys of DeepSpeed's configuration, passed through
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a model is and how it is taught: all that ldm/training/train.py is told but for its data and its machine."""
+
+    unet: UNetConfig
+    text_encoder: TextEncoderConfig | None
+    diffusion: DiffusionConfig
+    training: TrainingConfig
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Settings from what dataclasses.asdict made of them, as a checkpoint's config.json keeps them."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        inner = [choice for choice in typing.get_args(kind) if choice is not types.NoneType]
+        return None if value is None else from_plain(inner[0], value)
+    if typing.get_origin(kind) is dict:
+        return {key: from_plain(typing.get_args(kind)[1], item) for key, item in value.items()}
+    if not is_dataclass(kind):
+        return value
+    hints = typing.get_type_hints(kind)
+    return kind(**{field.name: from_plain(hints[field.name], value[field.name]) for field in fields(kind)})

@@ -19,13 +19,11 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.config import TrainingConfig, TrainingRunConfig
 from ldm.training.checkpoint import KINDS, Stretch
@@ -340,9 +338,3 @@ class _Held:
             state["exp_avg"] = torch.zeros_like(self.flat, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(self.flat, requires_grad=False)
         return state
-
-
-def checkpoint_activations(blocks: list[nn.Module]) -> None:
-    """Makes modules forget what they computed and compute it again for the backward pass: memory for time."""
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
