@@ -168,7 +168,8 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(_silu(self.norm1(x)))
         h = self.conv2(_silu(self.norm2(h)))
-        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
+        x = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
 class Attention(nn.Module):

@@ -9,15 +9,17 @@ before anything is timed.
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config import AutoencoderSettings
 from ldm.models.autoencoder import Autoencoder, make_autoencoder
+from ldm.models.winograd import use_winograd
 from tests.ldm.models import settings
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -41,7 +43,7 @@ def to_diffusers(key: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
     return key, value[:, :, 0, 0] if ".attentions." in key and value.dim() == 4 else value
 
 
-def make_pair() -> tuple[Autoencoder, torch.nn.Module]:
+def make_pair() -> tuple[Autoencoder, nn.Module]:
     """Ours and diffusers' with the same random weights."""
     from diffusers import AutoencoderKL
 
@@ -61,38 +63,49 @@ def make_pair() -> tuple[Autoencoder, torch.nn.Module]:
     return ours, theirs.eval().requires_grad_(False)
 
 
-def seconds(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
-def measure(size: int, batch: int, repeats: int) -> None:
+def measure(size: int, batch: int, repeats: int, clock: Callable[[], float]) -> None:
     """Prints the fastest of `repeats` interleaved runs of each network, task and memory format."""
     ours, theirs = make_pair()
+    fewer_products = copy.deepcopy(ours)
+    use_winograd(fewer_products)
     image, z = torch.randn(batch, 3, size, size).clamp(-1, 1), torch.randn(batch, 4, size // 8, size // 8)
-    tasks = {
-        "encode": (lambda: ours.encode(image), lambda: theirs.encode(image).latent_dist.parameters),
-        "decode": (lambda: ours.decode(z), lambda: theirs.decode(z).sample),
+    tasks: dict[str, dict[str, tuple[nn.Module, Callable[[], Tensor]]]] = {
+        "encode": {
+            "ours": (ours, lambda: ours.encode(image)),
+            "ours, use_winograd": (fewer_products, lambda: fewer_products.encode(image)),
+            "diffusers": (theirs, lambda: theirs.encode(image).latent_dist.parameters),
+        },
+        "decode": {
+            "ours": (ours, lambda: ours.decode(z)),
+            "ours, use_winograd": (fewer_products, lambda: fewer_products.decode(z)),
+            "diffusers": (theirs, lambda: theirs.decode(z).sample),
+        },
     }
-    for task, (our_run, their_run) in tasks.items():
-        best: dict[tuple[str, str], float] = {}
-        for memory_format in FORMATS.values():
-            ours.to(memory_format=memory_format)
-            theirs.to(memory_format=memory_format)
-            torch.testing.assert_close(our_run(), their_run(), rtol=1e-4, atol=1e-4)
-        for _ in range(repeats):
+    for task, runs in tasks.items():
+        times: dict[tuple[str, str], list[float]] = {}
+        for repeat in range(-1, repeats):  # the one before the first warms up, and is compared instead of timed
             for name, memory_format in FORMATS.items():
-                ours.to(memory_format=memory_format)
-                theirs.to(memory_format=memory_format)
-                for who, run in (("ours", our_run), ("diffusers", their_run)):
-                    best[who, name] = min(best.get((who, name), float("inf")), seconds(run))
-        print(f"{task} {batch} x 3 x {size} x {size}, float32, {torch.get_num_threads()} threads:")
-        for (who, name), value in best.items():
-            print(f"  {who:9} {name:13} {value:.3f} s")
-        fastest = {who: min(value for (w, _), value in best.items() if w == who) for who in ("ours", "diffusers")}
-        print(f"  best of diffusers / best of ours: {fastest['diffusers'] / fastest['ours']:.2f}")
+                outputs = {}
+                for who, (network, run) in runs.items():
+                    network.to(memory_format=memory_format)
+                    start = clock()
+                    outputs[who] = run()
+                    if repeat >= 0:
+                        times.setdefault((who, name), []).append(clock() - start)
+                if repeat < 0:
+                    for output in outputs.values():
+                        torch.testing.assert_close(output, outputs["diffusers"], rtol=1e-4, atol=1e-4)
+        report(task, f"{batch} x 3 x {size} x {size}", {key: min(values) for key, values in times.items()})
+
+
+def report(task: str, shape: str, best: dict[tuple[str, str], float]) -> None:
+    print(f"{task} {shape}, float32, {torch.get_num_threads()} threads:")
+    for (who, name), value in best.items():
+        print(f"  {who:18} {name:13} {value:.3f} s")
+    theirs = min(value for (who, _), value in best.items() if who == "diffusers")
+    for name in sorted({who for who, _ in best} - {"diffusers"}):
+        print(f"  best of diffusers / best of {name}: {theirs / min(v for (w, _), v in best.items() if w == name):.2f}")
 
 
 if __name__ == "__main__":
@@ -101,6 +114,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=1, help="pictures at once")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved runs, of which the fastest counts")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine: not the clock on the wall")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    measure(arguments.size, arguments.batch, arguments.repeats)
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    measure(arguments.size, arguments.batch, arguments.repeats, clock)

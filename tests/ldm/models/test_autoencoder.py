@@ -22,6 +22,7 @@ from ldm.models.autoencoder import (
     split_moments,
 )
 from ldm.models.quantize import codebook_loss
+from ldm.models.winograd import use_winograd
 from tests.ldm.models import settings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -191,6 +192,18 @@ def test_gradients_are_those_of_the_plain_formulas() -> None:
     inputs = [x, *block.parameters()]
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), inputs) for y in (block(x), plain)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_it_trains_with_winograd_convolutions() -> None:
+    autoencoder, values, _ = load("kl_f8")
+    autoencoder.requires_grad_(True)
+    reconstruction = autoencoder(values["input/image"])
+    gradients = torch.autograd.grad(reconstruction.square().mean(), list(autoencoder.parameters()))
+    use_winograd(autoencoder)
+    again = autoencoder(values["input/image"])
+    torch.testing.assert_close(again, reconstruction, rtol=0, atol=2e-3)
+    for a, b in zip(torch.autograd.grad(again.square().mean(), list(autoencoder.parameters())), gradients, strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm() + 1e-6
 
 
 # ---- sizes ------------------------------------------------------------------------------------------------
