@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 TILE = 4  # results along each side of a tile; 6 inputs, since neighbouring tiles share two
-LEAST_CHANNELS = 32  # below, moving tiles costs more than the products that it saves
+LEAST_CHANNELS = 64  # below, moving tiles costs more than the products that it saves
 LEAST_TILES = 32  # below, taking the weights to the 36 coordinates does
 
 
