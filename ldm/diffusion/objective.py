@@ -1,10 +1,10 @@
-"""What the network is asked for, and what its answer means.
+"""What the network is asked for, what its answer means, and how wrong it is.
 
-prediction type   the network's target                      source
-"eps"             eps                                       Ho et al. 2020, Eq. 14
-"v"               signal * eps - noise * z0                 Salimans & Ho 2022, App. D
+prediction type   the network's target       source
+"eps"             eps                        Ho et al. 2020, Eq. 14
+"v"               signal * eps - noise * z0  Salimans & Ho 2022, App. D
 "z0"              z0
-"flow"            eps - z0                                  Liu et al. 2022, Eq. 1
+"flow"            eps - z0                   Liu et al. 2022, Eq. 1, on s = (t + 1) / T
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, velocity
 
 PREDICTION_TYPES = ("eps", "v", "z0", "flow")
+LOSSES = ("l2", "l1")
 
 
 def check_prediction_type(prediction_type: str, schedule: Schedule) -> None:
     """Raises ValueError for a type that does not exist or that its schedule makes meaningless."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"diffusion.prediction is {prediction_type!r}; there are: {', '.join(PREDICTION_TYPES)}")
-    straight = bool(((schedule.signal + schedule.noise) - 1).abs().max() < 1e-9)
-    if straight != (prediction_type == "flow"):
+    if schedule.straight != (prediction_type == "flow"):
         raise ValueError(
             f"diffusion.prediction={prediction_type} does not fit the schedule: flow belongs to schedule=flow "
             f"and to no other"
@@ -42,15 +42,13 @@ def target(prediction_type: str, schedule: Schedule, z0: Tensor, eps: Tensor, t:
         return z0
     if prediction_type == "flow":
         return eps - z0
-    signal, noise = schedule.at(t, z0)
-    return signal * eps - noise * z0
+    return velocity(schedule, z0, eps, t)
 
 
-def z0_and_eps(
-    prediction_type: str, schedule: Schedule, prediction: Tensor, z_t: Tensor, t: Tensor
+def split(
+    prediction_type: str, prediction: Tensor, z_t: Tensor, signal: Tensor | float, noise: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """What a prediction at z_t (b, c, h, w) says of the clean latent and of the noise, each (b, c, h, w)."""
-    signal, noise = schedule.at(t, z_t)
     if prediction_type == "eps":
         return (z_t - noise * prediction) / signal, prediction
     if prediction_type == "z0":
@@ -60,29 +58,63 @@ def z0_and_eps(
     return signal * z_t - noise * prediction, noise * z_t + signal * prediction
 
 
-def min_snr_weight(prediction_type: str, schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
-    """Weight (b,) of each sample's loss (Hang et al. 2023): min(SNR, gamma) on the error in z0.
+def z0_and_eps(
+    prediction_type: str, schedule: Schedule, prediction: Tensor, z_t: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`split` at timesteps t (b,), each sample at its own."""
+    return split(prediction_type, prediction, z_t, *schedule.at(t, z_t))
 
-    The error in eps is sqrt(SNR) times that in z0, and the error in v sqrt(SNR + 1) times, so their weights divide by
-    SNR and by SNR + 1.
+
+def convert(have: str, want: str, schedule: Schedule, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    """A prediction of one type as the same prediction of another type, (b, c, h, w)."""
+    if have == want:
+        return prediction
+    return target(want, schedule, *z0_and_eps(have, schedule, prediction, z_t, t), t)
+
+
+def z0_error_weight(prediction_type: str, schedule: Schedule, t: Tensor) -> Tensor:
+    """(b,): squared error in z0 for each unit of squared error in the prediction, at the same z_t.
+
+    An error d in eps moves z0 by noise / signal * d, one in v or flow by noise * d; 1 / SNR, and 1 / (SNR + 1) for v.
     """
-    snr = schedule.snr[t]
-    weight = snr.clamp(max=gamma)
-    if prediction_type == "eps":
-        return weight / snr
-    if prediction_type == "v":
-        return weight / (snr + 1)
     if prediction_type == "z0":
-        return weight
-    raise ValueError(f"diffusion.min_snr_gamma has no meaning for diffusion.prediction={prediction_type}; set it to null")
+        return torch.ones_like(schedule.noise[t])
+    return schedule.sigma[t].square() if prediction_type == "eps" else schedule.noise[t].square()
+
+
+def min_snr_weight(prediction_type: str, schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+    """Weight (b,) of each sample's loss: min(SNR, gamma) on the squared error in z0 (Hang et al. 2023, Sec. 3.4).
+
+    That is min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v. Pure noise weighs nothing.
+    """
+    return schedule.snr[t].clamp(max=gamma) * z0_error_weight(prediction_type, schedule, t)
 
 
 def loss_per_sample(prediction: Tensor, wanted: Tensor, kind: str = "l2") -> Tensor:
-    """Mean over (c, h, w) of the squared ("l2") or absolute ("l1") error, in float32: -> (b,)."""
-    error = prediction.float() - wanted.float()
-    if kind not in ("l1", "l2"):
-        raise ValueError(f"diffusion.loss is {kind!r}; there are: l1, l2")
+    """Mean over (c, h, w) of the squared ("l2") or absolute ("l1") error, in float32 at least: -> (b,)."""
+    if kind not in LOSSES:
+        raise ValueError(f"diffusion.loss is {kind!r}; there are: {', '.join(LOSSES)}")
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    error = prediction.to(dtype) - wanted.to(dtype)
     return (error.square() if kind == "l2" else error.abs()).flatten(1).mean(1)
+
+
+def loss(
+    prediction_type: str,
+    schedule: Schedule,
+    prediction: Tensor,
+    z0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    *,
+    kind: str = "l2",
+    min_snr_gamma: float | None = None,
+) -> Tensor:
+    """Loss of each sample (b,), whose mean is what training descends (Rombach et al. 2022, Eq. 2)."""
+    each = loss_per_sample(prediction, target(prediction_type, schedule, z0, eps, t), kind)
+    if min_snr_gamma is None:
+        return each
+    return each * min_snr_weight(prediction_type, schedule, t, min_snr_gamma).to(each)
 
 
 def offset_noise(eps: Tensor, channel_noise: Tensor, strength: float) -> Tensor:
