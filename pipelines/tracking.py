@@ -27,7 +27,7 @@ from typing import Any
 from pipelines.journal import RUN, Journal, journal_path, journal_paths, read_entries
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
 from pipelines.settings import TrackingConfig
-from pipelines.shipper import AwayError, Shipper, journaled_stages, sent_path, unsent_bytes
+from pipelines.shipper import AwayError, Shipper, journaled_stages, sent_path
 
 READ_BYTES = 1 << 18  # of one journal at a time: what bounds the memory
 MAX_METRICS, MAX_WORDS = 800, 100  # in one request; MLflow takes 1000 in all, and 100 params or tags
@@ -117,10 +117,9 @@ def sync(settings: TrackingConfig, output: str | Path) -> int:
     """Sends everything that waits, here and now. Returns the bytes sent; raises AwayError."""
     output = Path(output).absolute()
     server = Server.connect(settings, output)
-    before = unsent_bytes(output)
     while server.ship():
         pass
-    return before - unsent_bytes(output)
+    return server.sent_bytes
 
 
 def database_uri(settings: TrackingConfig, output: str | Path) -> str:
@@ -180,6 +179,7 @@ class Server:
         self.client = MlflowClient(self.uri)
         self.experiment = self._find_experiment(settings.experiment)
         self.runs: dict[str, StageRun] = {}
+        self.sent_bytes = 0
         self.notes = self._read_notes()
 
     @classmethod
@@ -196,8 +196,10 @@ class Server:
         if found is not None:
             return found.experiment_id
         place = None if self.uri.startswith("http") else (self.output.parent / "mlartifacts").as_uri()
+        # The page opens with runs and curves, not with the traces of chats.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
         try:
-            return self.client.create_experiment(name, artifact_location=place)
+            return self.client.create_experiment(name, artifact_location=place, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -233,6 +235,7 @@ class Server:
         if offset == sent["offset"]:  # a line that has no end yet
             return False
         write_json(sent_path(path), {**sent, "offset": offset})
+        self.sent_bytes += offset - sent["offset"]
         return True
 
     def _sent(self, path: Path, run_id: str) -> dict[str, Any]:
