@@ -200,7 +200,7 @@ class DiffusionConfig:
     """The noise schedule and what the network is asked for: ldm/diffusion."""
 
     timesteps: int  # T
-    schedule: str  # "sqrt_linear" (CompVis "linear", diffusers "scaled_linear"), "linear", "cosine" or "flow"
+    schedule: str  # "sqrt_linear" (CompVis "linear", diffusers "scaled_linear"), "linear", "sqrt", "cosine" or "flow"
     beta_start: float | None  # first beta; null where the schedule has none
     beta_end: float | None  # last beta; null where the schedule has none
     zero_terminal_snr: bool  # no signal at all at the last timestep (needs prediction v or z0)

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm.config import DiffusionConfig
+from ldm.diffusion.objective import LOSSES, check_prediction_type
 from ldm.diffusion.schedule import Schedule, add_noise, make_schedule, reverse, velocity
 from ldm.diffusion.variational import (
     bound_weight,
@@ -19,6 +21,7 @@ from ldm.diffusion.variational import (
     previous_alpha_bar,
 )
 from tests.ldm.diffusion.golden import GOLDEN
+from tests.ldm.models.settings import CONF, read
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 
@@ -185,3 +188,12 @@ def test_settings_that_make_no_schedule_are_refused(arguments: tuple, words: lis
     with pytest.raises(ValueError) as error:
         make_schedule(*arguments)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("diffusion/*.yaml")))
+def test_every_configuration_makes_a_schedule_that_its_prediction_fits(name: str) -> None:
+    config = read(DiffusionConfig, "diffusion", name)
+    schedule = make_schedule(config.schedule, config.timesteps, config.beta_start, config.beta_end,
+                             config.zero_terminal_snr)  # fmt: skip
+    check_prediction_type(config.prediction, schedule)
+    assert len(schedule) == config.timesteps and config.loss in LOSSES
