@@ -6,8 +6,12 @@ communication and, shared out by ZeRO, a fraction of the memory; only a checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from ldm.training.checkpoint import Stretch
 
 
 def decay_at(decay: float, updates: int) -> float:
@@ -16,14 +20,31 @@ def decay_at(decay: float, updates: int) -> float:
 
 
 class Ema:
-    """Averages of tensors that live elsewhere and are changed in place."""
+    """Averages of stretches of weights that live elsewhere and are changed in place.
 
-    def __init__(self, weights: list[Tensor], decay: float, updates: int = 0) -> None:
-        self.weights, self.decay, self.updates = weights, decay, updates
-        self.average = [weight.detach().clone() for weight in weights]
+    Those whose name `averaged` refuses go with their newest weights.
+    """
+
+    def __init__(
+        self, stretches: list[Stretch], decay: float, averaged: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        self.decay, self.updates = decay, 0
+        live = [stretch for stretch in stretches if averaged(stretch.name)]
+        self._weights = [stretch.tensors["weight"].detach() for stretch in live]
+        self._average = [weight.clone() for weight in self._weights]
+        rest = [stretch for stretch in stretches if not averaged(stretch.name)]
+        pairs = zip(live, self._average, strict=True)
+        self.stretches = [Stretch(s.name, s.start, {"weight": average}) for s, average in pairs] + rest
 
     @torch.no_grad()
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * weight, after each step of the optimizer."""
         self.updates += 1
-        torch._foreach_lerp_(self.average, self.weights, 1 - decay_at(self.decay, self.updates))
+        torch._foreach_lerp_(self._average, self._weights, 1 - decay_at(self.decay, self.updates))
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str], Tensor], updates: int) -> None:
+        """Sets the averages from whole tensors by name, each process its own stretches of them."""
+        for stretch, average in zip(self.stretches, self._average, strict=False):
+            average.copy_(read(stretch.name).flatten()[stretch.start : stretch.start + average.numel()])
+        self.updates = updates

@@ -33,15 +33,15 @@ PRECISIONS = ("float32", "bf16_autocast", "bf16")
 # Keys of DeepSpeed's configuration that follow from settings of ours, and those settings.
 OWNED = {
     "train_batch_size": "training.batch_size",
-    "train_micro_batch_size_per_gpu": "cluster.train.micro_batch_size",
-    "gradient_accumulation_steps": "training.batch_size and cluster.train.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "cluster.train.run.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and cluster.train.run.micro_batch_size",
     "gradient_clipping": "training.gradient_clipping",
     "optimizer": "training.learning_rate, beta1, beta2, epsilon and weight_decay",
     "scheduler": "training.lr_schedule",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "torch_autocast": "training.precision",
-    "zero_optimization.stage": "cluster.train.zero_stage",
+    "zero_optimization.stage": "cluster.train.run.zero_stage",
 }
 
 
@@ -110,7 +110,7 @@ def accumulation(batch_size: int, micro_batch_size: int, world_size: int) -> int
     if share % micro_batch_size:
         fit = [n for n in range(1, share + 1) if share % n == 0]
         raise ValueError(
-            f"cluster.train.micro_batch_size is {micro_batch_size}, which does not divide the {share} samples that "
+            f"cluster.train.run.micro_batch_size is {micro_batch_size}, which does not divide the {share} samples that "
             f"each of {world_size} processes has of a batch; these do: {', '.join(map(str, fit))}"
         )
     return share // micro_batch_size
@@ -122,7 +122,7 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
         raise ValueError(f"training.precision is {training.precision!r}; there are: {', '.join(PRECISIONS)}")
     if training.precision == "bf16" and how.zero_stage == 0:
         raise ValueError(
-            "training.precision=bf16 keeps float32 masters only from cluster.train.zero_stage=1 on; set that"
+            "training.precision=bf16 keeps float32 masters only from cluster.train.run.zero_stage=1 on; set that"
         )
     zero: dict[str, Any] = {"stage": how.zero_stage}
     if world.device.type == "cpu":
@@ -149,7 +149,7 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str
     merged = dict(ours)
     for key, value in theirs.items():
         if path + key in OWNED:
-            raise ValueError(f"cluster.train.deepspeed.{path}{key} is decided by {OWNED[path + key]}; set it there")
+            raise ValueError(f"cluster.train.run.deepspeed.{path}{key} is decided by {OWNED[path + key]}; set it there")
         both = isinstance(value, dict) and isinstance(ours.get(key), dict)
         merged[key] = _merged(ours[key], value, f"{path}{key}.") if both else value  # type: ignore[arg-type]
     return merged
@@ -167,6 +167,7 @@ class Engine:
 
         self.module, self.world, self.stage = module, world, how.zero_stage
         self.clipping = training.gradient_clipping
+        self._dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         config = deepspeed_config(training, how, world)
@@ -183,7 +184,8 @@ class Engine:
         self._micro_steps = 0
 
     def __call__(self, z_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return self.deepspeed(z_t, t, condition)
+        condition = {name: x.to(self._dtype) if x.is_floating_point() else x for name, x in condition.items()}
+        return self.deepspeed(z_t.to(self._dtype), t, condition)
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro batch's gradient; the last of a step also averages over processes."""

@@ -110,6 +110,7 @@ class Draw:
     seed: int
     timesteps: int  # t is uniform over 0 .. timesteps - 1
     caption_dropout: float  # share of captions that become the empty one
+    offset_noise: float = 0.0  # share of eps that is constant over a channel
 
     def __call__(self, position: int, eps: np.ndarray, posterior: np.ndarray) -> tuple[int, bool]:
         """Fills in the two noises (c, h, w); returns t and whether the caption is dropped.
@@ -120,6 +121,8 @@ class Draw:
         t, dropout = random.random(2)
         random.standard_normal(dtype=np.float32, out=eps)
         random.standard_normal(dtype=np.float32, out=posterior)
+        if self.offset_noise:
+            eps += self.offset_noise * random.standard_normal((len(eps), 1, 1), np.float32)
         return int(t * self.timesteps), bool(dropout < self.caption_dropout)
 
 

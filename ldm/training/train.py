@@ -1,0 +1,346 @@
+"""The training of a latent diffusion model, read from top to bottom.
+
+It sees torch.distributed and four functions: decode(z0) -> image, log(step, values), log_grid(step, png, name) and
+should_stop(). What launches it, and where numbers go, is the business of others; so the same function runs under Ray
+Train, under torchrun, and in a single process. It can be killed at any moment and started again: it goes on from the
+newest whole checkpoint, and on an equal number of processes ends in the same bits as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm.config import DiffusionConfig, GenerationConfig, TrainingRunConfig, TrainSettings
+from ldm.diffusion import objective
+from ldm.diffusion.schedule import Schedule, add_noise, make_schedule
+from ldm.generate import Painter, draw_latents
+from ldm.models.attention import AttentionBlock, SpatialTransformer
+from ldm.models.blocks import ResBlock, checkpoint_activations
+from ldm.models.denoiser import Denoiser, make_denoiser
+from ldm.models.tokenizer import Tokenizer, make_tokenizer
+from ldm.sheet import Tile, draw_sheet
+from ldm.training import checkpoint, lr
+from ldm.training.ema import Ema
+from ldm.training.engine import Engine, NonFiniteGradient, World, join
+from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
+from ldm.training.meter import Meter
+
+Log = Callable[[int, dict[str, float]], None]
+LogGrid = Callable[[int, bytes, str], None]
+Decode = Callable[[Tensor], Tensor]
+
+log_line = logging.getLogger(__name__)
+
+
+def train(
+    settings: TrainSettings,
+    data: TrainData,
+    output: Path,
+    run: TrainingRunConfig,
+    *,
+    decode: Decode,
+    log: Log,
+    log_grid: LogGrid,
+    should_stop: Callable[[], bool],
+) -> int:
+    """Trains up to `max_steps` or until `should_stop`; returns the step of the last checkpoint, in `output`.
+
+    `decode` (scaled z0 -> image in [-1, 1]), `log` and `log_grid` are called in the first process only, `should_stop`
+    in all of them after every step: one that says so stops all.
+    """
+    training, diffusion = settings.training, settings.diffusion
+    torch.set_num_threads(run.threads)
+    if training.deterministic:
+        make_deterministic()
+    check(settings)
+
+    # Processes: one for each GPU.
+    world = join()
+    first = world.rank == 0
+
+    # Data: the same sequence of samples, noise and timesteps for every number of processes.
+    trained_on, held_out = hold_out(data, training.held_out_shards)
+    tokenizer = make_tokenizer(settings.text_encoder) if settings.text_encoder else None
+    loader = make_loader(settings, trained_on, tokenizer, run, world)
+    held_out_loader = make_loader(settings, held_out, tokenizer, run, world, validation=True) if held_out else None
+
+    # Model: text encoder and U-Net in one module, which the engine shares out; the average of its weights.
+    torch.manual_seed(training.seed)
+    denoiser = make_denoiser(settings.unet, settings.text_encoder).to(world.device)
+    if run.activation_checkpointing:
+        checkpoint_activations(denoiser, (ResBlock, SpatialTransformer, AttentionBlock))
+    schedule = schedule_of(diffusion).to(world.device)
+    engine = Engine(denoiser, training, run, world)
+    ema = Ema(engine.stretches(), training.ema_decay, lambda name: training.ema_of == "all" or name.startswith("unet."))
+
+    # Where the last run got to.
+    config = run_config(settings, data)
+    if first:
+        checkpoint.sweep(output)
+    dist.barrier()
+    step = saved = samples_seen = 0
+    if (last := checkpoint.newest(output, finish=True)) is not None:
+        refuse_differences(last, config)
+        step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
+        engine.restore(last.read, step)
+        ema.restore(last.read_ema, step)
+        if first:
+            log_line.info("goes on from %s", last.path)
+    batches = loader.batches(samples_seen)
+    meter = Meter(world)
+    stopping = False
+
+    while True:
+        # What is due before the next step, so that the last step needs no special case.
+        done = step >= training.max_steps or stopping
+        if step > saved and first and (step % training.log_every_steps == 0 or done):
+            log(step, meter.read())
+        if due(step, training.validate_every_steps, saved, done) and held_out_loader is not None:
+            value = validation_loss(engine, held_out_loader, settings, schedule)
+            if first:
+                log(step, {"validation_loss": value})
+        if training.grid.prompts and due(step, training.grid.every_steps, saved, done):
+            weights = engine.gather(ema.stretches)
+            if weights is not None:
+                log_grid(
+                    step,
+                    sample_grid(settings, data, weights | engine.buffers(), schedule, tokenizer, decode, step),
+                    "samples",
+                )
+        if step > saved and (step % run.checkpoint_every_steps == 0 or done):
+            weights = engine.gather(ema.stretches)
+            checkpoint.save(
+                output,
+                step,
+                stretches=engine.states(),
+                ema=None if weights is None else weights | engine.buffers(),
+                config=config,
+                facts={"samples_seen": samples_seen, "world_size": world.world_size, "zero_stage": run.zero_stage},
+            )
+            if first:
+                checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps)
+            saved = step
+        if done:
+            break
+
+        # One step: every process takes its share of the next `batch_size` samples, a micro batch at a time.
+        meter.start_step()
+        learning_rate = training.learning_rate * lr.multiplier(
+            training.lr_schedule, step + 1, training.warmup_steps, training.max_steps, training.lr_end
+        )
+        keys: list[str] = []
+        for _ in range(engine.accumulation):
+            with meter.waiting():
+                batch = next(batches).to(world.device)
+            seed_dropout(training.seed, batch)
+            z_t = add_noise(schedule, batch.z0, batch.eps, batch.t)
+            prediction = engine(z_t, batch.t, batch.condition)
+            loss = loss_of(diffusion, schedule, prediction, batch)  # (b,)
+            engine.backward(loss.mean())
+            meter.add(loss.detach(), batch.t * 4 // diffusion.timesteps)
+            keys += batch.keys
+
+        # The processes agree on what happened before any weight is touched.
+        stopping, finite = meter.agree(should_stop())
+        if not finite:
+            raise RuntimeError(non_finite("the loss is not finite", step + 1, keys, meter.own_loss_is_finite))
+        try:
+            grad_norm = engine.update(learning_rate)
+        except NonFiniteGradient as error:
+            raise RuntimeError(non_finite(str(error), step + 1, keys, True)) from error
+        ema.update()
+        step, samples_seen = step + 1, samples_seen + training.batch_size
+        meter.end_step(training.batch_size, grad_norm=grad_norm, learning_rate=learning_rate)
+
+    loader.close()
+    return saved
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+# What may change when a run goes on: how far, what is shown, where equal files lie.
+FREE = (
+    "training.max_steps",
+    "training.log_every_steps",
+    "training.grid",
+    "training.validate_every_steps",
+    "training.validation_samples",
+    "training.deterministic",
+    "text_encoder.vocab_file",
+    "text_encoder.weights",
+)
+
+
+def check(settings: TrainSettings) -> None:
+    """Refuses settings that cannot be followed, before anything is loaded."""
+    training = settings.training
+    lr.check(training.lr_schedule, training.warmup_steps, training.max_steps, training.lr_end)
+    objective.check_prediction_type(settings.diffusion.prediction, schedule_of(settings.diffusion))
+    if training.ema_of not in ("unet", "all"):
+        raise ValueError(f"training.ema_of is {training.ema_of!r}; there are: unet, all")
+    if training.held_out_shards and training.validation_samples % training.batch_size:
+        raise ValueError(
+            f"training.validation_samples is {training.validation_samples}; it must be a multiple of "
+            f"training.batch_size, {training.batch_size}, so that every process has an equal share"
+        )
+
+
+def schedule_of(diffusion: DiffusionConfig) -> Schedule:
+    """The noise schedule of a configuration."""
+    return make_schedule(
+        diffusion.schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end, diffusion.zero_terminal_snr
+    )
+
+
+def run_config(settings: TrainSettings, data: TrainData) -> dict[str, Any]:
+    """What config.json says: enough to build the model again, and what it was trained on."""
+    known = {name: getattr(data, name) for name in ("edition", "selection", "field", "latent_shape", "scale_factor")}
+    return json.loads(json.dumps({"settings": asdict(settings), "data": known}))
+
+
+def refuse_differences(last: checkpoint.Checkpoint, config: dict[str, Any]) -> None:
+    """Raises ValueError when a checkpoint was made from other settings or other data than are asked for now."""
+    found = [
+        line
+        for part in ("settings", "data")
+        for line in checkpoint.differences(last.config[part], config[part])
+        if not line.startswith(FREE)
+    ]
+    if found:
+        raise ValueError(
+            f"{last.path} was made from other settings:\n  " + "\n  ".join(found) + "\nname=OTHER makes a new run; "
+            "with the old values, or with the old data, this one goes on"
+        )
+
+
+def make_deterministic() -> None:
+    """Equal runs give equal bits on CUDA too."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def due(step: int, every: int | None, saved: int, done: bool) -> bool:
+    """Whether something that happens every so often, and at the end, has to happen at this step of this process."""
+    return every is not None and step > saved and (step % every == 0 or done)
+
+
+# ---- parts of a step ---------------------------------------------------------------------------------------
+def make_loader(
+    settings: TrainSettings,
+    data: TrainData,
+    tokenizer: Tokenizer | None,
+    run: TrainingRunConfig,
+    world: World,
+    validation: bool = False,
+) -> Loader:
+    """The loader of this process; for validation captions are never dropped."""
+    training, diffusion = settings.training, settings.diffusion
+    return Loader(
+        data,
+        Draw(
+            training.seed, diffusion.timesteps, 0.0 if validation else training.caption_dropout, diffusion.offset_noise
+        ),
+        tokenizer,
+        lanes=training.lanes,
+        window_shards=training.window_shards,
+        batch_size=training.batch_size,
+        micro_batch_size=run.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=0 if validation else run.loader_workers,
+        cache_bytes=run.loader_cache_bytes,
+        pin=world.device.type == "cuda",
+    )
+
+
+def seed_dropout(seed: int, batch: Batch) -> None:
+    """Dropout inside the network depends on where in the run we are, not on what this process did before."""
+    torch.manual_seed(hash((seed, int(batch.positions[0]))) & (2**63 - 1))
+
+
+def loss_of(diffusion: DiffusionConfig, schedule: Schedule, prediction: Tensor, batch: Batch) -> Tensor:
+    """Loss of each sample, (b,)."""
+    return objective.loss(
+        diffusion.prediction,
+        schedule,
+        prediction,
+        batch.z0,
+        batch.eps,
+        batch.t,
+        kind=diffusion.loss,
+        min_snr_gamma=diffusion.min_snr_gamma,
+    )
+
+
+def non_finite(what: str, step: int, keys: list[str], own_is_finite: bool) -> str:
+    """The same message in every process: what, where, and on which samples."""
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (own_is_finite, keys))
+    guilty = [rank for rank, (finite, _) in enumerate(reports) if not finite] or list(range(len(reports)))
+    lines = "\n".join(f"  process {rank}: {', '.join(reports[rank][1])}" for rank in guilty)
+    return (
+        f"{what} at step {step}; the weights are still those of step {step - 1}. Keys of the samples:\n{lines}\n"
+        f"lower training.learning_rate or put the samples on dataset.selection.removed and start a new run"
+    )
+
+
+@torch.no_grad()
+def validation_loss(engine: Engine, loader: Loader, settings: TrainSettings, schedule: Schedule) -> float:
+    """Mean loss of the newest weights over held-out samples, always the same ones with the same noise."""
+    steps = settings.training.validation_samples // settings.training.batch_size * engine.accumulation
+    batches = loader.batches(0)
+    total = torch.zeros(2, dtype=torch.float64, device=engine.world.device)
+    engine.module.eval()
+    for _ in range(steps):
+        batch = next(batches).to(engine.world.device)
+        prediction = engine(add_noise(schedule, batch.z0, batch.eps, batch.t), batch.t, batch.condition)
+        loss = loss_of(settings.diffusion, schedule, prediction, batch)
+        total += torch.stack([loss.sum(), torch.tensor(float(len(loss)), device=loss.device)])
+    engine.module.train()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def sample_grid(
+    settings: TrainSettings,
+    data: TrainData,
+    weights: dict[str, Tensor],
+    schedule: Schedule,
+    tokenizer: Tokenizer | None,
+    decode: Decode,
+    step: int,
+) -> bytes:
+    """A PNG of one picture for each fixed prompt, from fixed noise, drawn by the averaged weights."""
+    grid = settings.training.grid
+    denoiser: Denoiser = make_denoiser(settings.unet, settings.text_encoder)
+    denoiser.load_state_dict(weights)
+    denoiser.eval().to(schedule.signal.device)
+    c, h, w = data.latent_shape
+    painter = Painter(denoiser, tokenizer, schedule, settings.diffusion.prediction, (c, h, w))
+    how = GenerationConfig(
+        prompts=grid.prompts,
+        unseen_prompts=[],
+        sampler="ddim",
+        steps=grid.steps,
+        spacing="trailing",
+        guidance_scale=grid.guidance_scale,
+        eta=0.0,
+        seed=settings.training.seed,
+        batch_size=len(grid.prompts),
+        grid_pictures=len(grid.prompts),
+    )
+    with torch.no_grad():
+        image = decode(draw_latents(painter, grid.prompts, how))
+    tiles = [Tile([picture], prompt) for picture, prompt in zip(image.float().cpu(), grid.prompts, strict=True)]
+    return draw_sheet([(f"Step {step}", tiles)], math.ceil(math.sqrt(len(tiles))))
