@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.config import GenerationConfig
+from ldm.config import GenerationConfig, TrainSettings, from_plain
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.sampler import SPACINGS, ddim
-from ldm.diffusion.schedule import Schedule
-from ldm.models.denoiser import Denoiser
-from ldm.models.tokenizer import Tokenizer
+from ldm.diffusion.schedule import Schedule, make_schedule
+from ldm.models.denoiser import Denoiser, make_denoiser
+from ldm.models.tokenizer import Tokenizer, make_tokenizer
+from ldm.training.checkpoint import Checkpoint
 from ldm.training.order import philox
 
 SAMPLERS = ("ddim",)
@@ -39,6 +41,35 @@ class Painter:
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
+
+
+def load_painter(checkpoint: Checkpoint, latent_shape: tuple[int, int, int], device: torch.device) -> Painter:
+    """The averaged weights of a checkpoint, ready to draw latents (c, h, w)."""
+    settings = from_plain(TrainSettings, checkpoint.config)
+    diffusion, text = settings.diffusion, settings.text_encoder
+    denoiser = make_denoiser(settings.unet, text)
+    path = checkpoint.path / "ema.safetensors"
+    weights, expected = load_file(path), denoiser.state_dict()
+    if text is not None and text.kind == "clip":  # comes from its own file, and is in no checkpoint
+        expected = {name: weight for name, weight in expected.items() if not name.startswith("text_encoder.")}
+    found, wanted = ({name: w.shape for name, w in state.items()} for state in (weights, expected))
+    if found != wanted:
+        wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise ValueError(
+            f"{path} does not hold the weights of the config.json beside it: {len(wrong)} of {len(wanted)} are missing, "
+            f"too many or of another shape: {', '.join(wrong[:5])}"
+        )
+    denoiser.load_state_dict(weights, strict=False)
+    return Painter(
+        denoiser=denoiser.to(device).eval().requires_grad_(False),
+        tokenizer=None if text is None else make_tokenizer(text),
+        schedule=make_schedule(
+            diffusion.schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end,
+            diffusion.zero_terminal_snr,
+        ),
+        prediction_type=diffusion.prediction,
+        latent_shape=latent_shape,
+    )  # fmt: skip
 
 
 def check(config: GenerationConfig) -> None:

@@ -1,0 +1,105 @@
+"""Draws pictures from the newest checkpoint: by default one for every caption that was trained on, and some new ones.
+
+train/step-00001000/ -> generate/1a2b3c4d/{latents.safetensors, prompts.json, images/000042.png, grid.png}
+
+The folder is named by the settings and by what they were applied to, so other prompts never overwrite these; the
+newest grid is also found at generate/grid.png. Picture n is drawn from prompt n of prompts.json and from noise that
+depends on (seed, n) alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.config import GenerationConfig
+from ldm.generate import check, decode, draw_latents, load_painter
+from ldm.models.autoencoder import load_autoencoder
+from ldm.sheet import Tile, draw_sheet, to_picture
+from ldm.training.checkpoint import newest
+from pipelines.dag import Job
+from pipelines.journal import Journal, journal_path
+from pipelines.manifest import Record, write_json, write_whole
+from pipelines.training_set import autoencoder_settings, input_digests, samples_of, training_set
+
+MAX_CAPTIONS = 10_000  # that are drawn without being named: more is no oversight only if it is written down
+COLUMNS = 6
+HEADINGS = {
+    True: "Drawn from captions of the training set",
+    False: "Drawn from prompts that no training sample has",
+    None: "Drawn from prompts",
+}
+
+
+def run(job: Job) -> Record:
+    """Draws every prompt and commits latents, pictures and grid."""
+    settings: GenerationConfig = job.what["generation"]
+    check(settings)
+    torch.set_num_threads(job.how.cluster.whole_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = choose_prompts(settings, captions_of(job))
+    autoencoder = autoencoder_settings(job)
+    checkpoint = newest(job.inputs["train"].path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{job.inputs['train'].path} has no checkpoint; run +stage=train first")
+    painter = load_painter(checkpoint, latent_shape(job), device)
+    z0 = draw_latents(painter, [prompt["prompt"] for prompt in prompts], settings)
+    image = decode(load_autoencoder(autoencoder, device), z0, autoencoder.scale_factor, settings.batch_size)
+    grid = draw_grid(image, prompts, settings.grid_pictures)
+    with job.output.attempt(None, job.fingerprint) as attempt:
+        save_file({"z0": z0.contiguous()}, attempt.path / "latents.safetensors")
+        write_json(attempt.path / "prompts.json", {"format": 1, "checkpoint": checkpoint.path.name, "prompts": prompts})
+        write_pictures(attempt.path / "images", image)
+        (attempt.path / "grid.png").write_bytes(grid)
+        write_whole(job.output.path.parent / "grid.png", grid)
+        record = attempt.commit(rows=len(prompts), samples=len(prompts), dropped={}, inputs=input_digests(job.inputs))
+    journal = Journal(journal_path(job.how.run, job.stage, "worker"))
+    journal.image(f"grid {job.output.path.name}", job.output / "grid.png", checkpoint.step)
+    journal.close()
+    return record
+
+
+def latent_shape(job: Job) -> tuple[int, int, int]:
+    """(c, h, w) of the latents that the model was trained on."""
+    records = job.inputs["precompute_latents"].committed().values()
+    side = next(record.facts["latent_side"] for record in records if record.samples)
+    return job.what["autoencoder"].network.latent_channels, side, side
+
+
+def captions_of(job: Job) -> list[str] | None:
+    """The captions that were trained on; None when they are too many to look through."""
+    if samples_of(job.inputs["train"]) > MAX_CAPTIONS:
+        return None
+    return [sample.caption for sample in training_set(job.inputs["precompute_latents"], job.inputs["train"])]
+
+
+def choose_prompts(settings: GenerationConfig, captions: list[str] | None) -> list[dict[str, Any]]:
+    """[{prompt, seen}]: the prompts in order, and whether a training sample has them as its caption (None: unknown)."""
+    if settings.prompts is None and captions is None:
+        raise ValueError(
+            f"generation.prompts is null, which asks for a picture of each caption that was trained on; that is done "
+            f"for {MAX_CAPTIONS} at most, and there are more: name them in generation.prompts"
+        )
+    chosen = (captions or []) if settings.prompts is None else settings.prompts
+    known = None if captions is None else set(captions)
+    prompts = [*chosen, *settings.unseen_prompts]
+    return [{"prompt": prompt, "seen": None if known is None else prompt in known} for prompt in prompts]
+
+
+def draw_grid(image: Tensor, prompts: list[dict[str, Any]], pictures: int) -> bytes:
+    """A PNG with some pictures of training captions, spread evenly, and all those of other prompts, labelled."""
+    tiles = [Tile([image[i]], prompt["prompt"]) for i, prompt in enumerate(prompts)]
+    by_seen = {seen: [t for t, p in zip(tiles, prompts, strict=True) if p["seen"] is seen] for seen in HEADINGS}
+    count = min(len(by_seen[True]), pictures)
+    by_seen[True] = [by_seen[True][i * len(by_seen[True]) // count] for i in range(count)]
+    return draw_sheet([(heading, by_seen[seen]) for seen, heading in HEADINGS.items()], COLUMNS)
+
+
+def write_pictures(folder: Path, image: Tensor) -> None:
+    folder.mkdir()
+    for i, picture in enumerate(image):
+        to_picture(picture).save(folder / f"{i:06d}.png")
