@@ -112,13 +112,16 @@ def _finish(
     manifest = _write_json(temporary / "manifest.json", {"format": FORMAT, **facts, "files": files})
     _sync_folder(temporary)
     crash_point("checkpoint_before_rename")
+    replaced = final.with_name(f"{temporary.name}-replaced")
     if final.exists():  # left without COMMITTED by a crash, or damaged since
-        os.rename(final, final.with_name(f"{temporary.name}-replaced"))
+        os.rename(final, replaced)
         crash_point("checkpoint_old_aside")
     os.rename(temporary, final)
     _sync_folder(final.parent)
     crash_point("checkpoint_after_rename")
     _commit(final, manifest["sha256"])
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _commit(final: Path, sha256: str) -> None:

@@ -1,0 +1,283 @@
+"""Checkpoints are whole or not there: killed, damaged, cut short and crowded out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.training import checkpoint
+from ldm.training.checkpoint import KINDS, Stretch, newest, problems, retain, save, step_name, sweep
+from tests.ldm.training import processes
+from tests.ldm.training.tiny import SEED
+
+SHAPES = {"a": (3, 5), "b": (4,)}
+POINTS = [
+    "checkpoint_begin",
+    "checkpoint_before_rank_file",
+    "checkpoint_after_rank_file",
+    "checkpoint_all_written",
+    "checkpoint_after_ema",
+    "checkpoint_before_manifest",
+    "checkpoint_before_rename",
+    "checkpoint_old_aside",
+    "checkpoint_after_rename",
+    "checkpoint_before_committed",
+    "checkpoint_after_committed",
+    "checkpoint_in_removal",
+]
+
+
+def weights(step: int) -> dict[str, dict[str, Tensor]]:
+    """kind -> name -> whole tensor, different at each step."""
+    generator = torch.Generator().manual_seed(1000 * SEED + step)
+    return {kind: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for kind in KINDS}
+
+
+def stretches(step: int, rank: int = 0, world_size: int = 1) -> list[Stretch]:
+    """What a process of a group would hold: an uneven share of each parameter."""
+    whole, found = weights(step), []
+    for name in SHAPES:
+        flat = {kind: whole[kind][name].flatten() for kind in KINDS}
+        n = len(flat["weight"])
+        start, stop = n * rank // world_size, n * (rank + 1) // world_size
+        found.append(Stretch(name, start, {kind: x[start:stop] for kind, x in flat.items()}))
+    return found
+
+
+def put(home: Path, *steps: int) -> None:
+    """Saves checkpoints of these steps from whatever process group there is."""
+    rank, world_size = checkpoint._rank(), checkpoint._world_size()
+    for step in steps:
+        ema = weights(step)["weight"] if rank == 0 else None
+        save(home, step, stretches=stretches(step, rank, world_size), ema=ema, config={"model": "tiny"},
+             facts={"samples_seen": 8 * step})  # fmt: skip
+        if rank == 0:
+            retain(home, 2, None)
+
+
+def check_whole(found: checkpoint.Checkpoint | None, step: int) -> None:
+    """The checkpoint is that of a step, with every number that was saved."""
+    assert found is not None and found.step == step and found.manifest["samples_seen"] == 8 * step
+    expected = weights(step)
+    for kind in KINDS:
+        for name in SHAPES:
+            flat = expected[kind][name].flatten()
+            assert torch.equal(found.read(kind, name, 0, len(flat)), flat)
+            assert torch.equal(found.read(kind, name, 1, 3), flat[1:3])
+            assert torch.equal(found.read_ema(name), expected["weight"][name])
+    assert found.config == {"format": 1, "model": "tiny"}
+
+
+def files(home: Path) -> list[str]:
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file())
+
+
+# ---- the usual course --------------------------------------------------------------------------------------
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    put(tmp_path, 10)
+    check_whole(newest(tmp_path), 10)
+    assert files(tmp_path) == [
+        f"step-00000010/{name}"
+        for name in ("COMMITTED", "config.json", "ema.safetensors", "manifest.json", "rank-00000-of-00001.safetensors")
+    ]
+
+
+def test_any_number_of_processes_reads_what_another_wrote(tmp_path: Path) -> None:
+    assert processes.run(put, tmp_path, 10, world_size=2) == [None, None]
+    check_whole(newest(tmp_path), 10)
+    assert processes.run(load, tmp_path, world_size=3) == [10, 10, 10]
+
+
+def load(home: Path) -> int:
+    found = newest(home, finish=True)
+    assert found is not None
+    check_whole(found, found.step)
+    return found.step
+
+
+def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None and newest(tmp_path / "absent") is None
+
+
+def test_signs_of_zero_and_other_bits_survive(tmp_path: Path) -> None:
+    odd = torch.tensor([0.0, -0.0, 1e-45, float("inf"), -1.5])
+    tensors = {kind: odd.clone() for kind in KINDS}
+    save(tmp_path, 1, stretches=[Stretch("x", 0, tensors)], ema={"x": odd}, config={}, facts={})
+    found = newest(tmp_path)
+    assert found is not None
+    assert torch.equal(found.read("weight", "x", 0, 5).view(torch.int32), odd.view(torch.int32))
+
+
+def test_a_hole_is_not_filled_with_zeros(tmp_path: Path) -> None:
+    save(tmp_path, 1, stretches=stretches(1, 0, 2), ema={}, config={}, facts={})  # the second half is nobody's
+    found = newest(tmp_path)
+    assert found is not None
+    with pytest.raises(ValueError, match="holds 7 of the elements 0 to 15 of weight/a"):
+        found.read("weight", "a", 0, 15)
+
+
+# ---- damage ------------------------------------------------------------------------------------------------
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped byte in rank file": (lambda p: flip(p / RANK_FILE), "rank-00000-of-00001.safetensors does not have"),
+    "flipped byte in ema": (lambda p: flip(p / "ema.safetensors"), "ema.safetensors does not have the sha256"),
+    "flipped byte in config": (lambda p: flip(p / "config.json"), "config.json does not have the sha256"),
+    "flipped byte in manifest": (lambda p: flip(p / "manifest.json"), "manifest.json does not have the sha256"),
+    "cut rank file": (lambda p: os.truncate(p / RANK_FILE, 100), "has 100 bytes, not"),
+    "missing rank file": (lambda p: (p / RANK_FILE).unlink(), "rank-00000-of-00001.safetensors is missing"),
+    "missing manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+    "missing COMMITTED": (lambda p: (p / "COMMITTED").unlink(), "COMMITTED is missing"),
+    "COMMITTED of another": (
+        lambda p: (p / "COMMITTED").write_text("0" * 64),
+        "manifest.json does not have the sha256",
+    ),
+}
+RANK_FILE = "rank-00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, 10, 20)
+    hurt, message = DAMAGES[damage]
+    hurt(tmp_path / step_name(20))
+    check_whole(newest(tmp_path), 10)
+    assert "step-00000020" in caplog.text and message in caplog.text
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d != "missing COMMITTED"])
+def test_a_run_never_starts_again_from_zero_unasked(tmp_path: Path, damage: str) -> None:
+    put(tmp_path, 10)
+    hurt, message = DAMAGES[damage]
+    hurt(tmp_path / step_name(10))
+    with pytest.raises(
+        RuntimeError, match=f"(?s)no checkpoint in .* is whole:\n  step-00000010: .*{message}.*overwrite=true"
+    ):
+        newest(tmp_path)
+
+
+def test_the_only_checkpoint_is_taken_when_nothing_but_its_marker_is_missing(tmp_path: Path) -> None:
+    put(tmp_path, 10)
+    (tmp_path / step_name(10) / "COMMITTED").unlink()
+    check_whole(newest(tmp_path), 10)
+    assert problems(tmp_path / step_name(10)) == ["COMMITTED is missing"]  # who only reads changes nothing
+    check_whole(newest(tmp_path, finish=True), 10)
+    assert problems(tmp_path / step_name(10)) == []
+
+
+def test_without_hashes_a_flipped_byte_would_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: safetensors alone does not notice."""
+    put(tmp_path, 10, 20)
+    flip(tmp_path / step_name(20) / RANK_FILE)
+    known = json.loads((tmp_path / step_name(20) / "manifest.json").read_text())["files"]
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: known[path.name]["sha256"])
+    found = newest(tmp_path)
+    assert found is not None and found.step == 20
+    with pytest.raises(AssertionError):
+        check_whole(found, 20)
+
+
+# ---- killed ------------------------------------------------------------------------------------------------
+def test_killed_at_any_point_of_a_save_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+    """With two checkpoints there and one that a crash left without its marker, so that every point is passed."""
+    for point in POINTS:
+        home = tmp_path / point
+        put(home, 10, 20, 30)
+        shutil.copytree(home / step_name(30), home / step_name(40))
+        (home / step_name(40) / "COMMITTED").unlink()
+        died = processes.run(put, home, 40, env={"LDM_CRASH_AT": point})
+        assert died == [137], f"was not killed at {point}"
+        late = point in ("checkpoint_after_committed", "checkpoint_in_removal")
+        check_whole(newest(home), 40 if late else 30)
+        sweep(home)
+        put(home, 40)
+        check_whole(newest(home), 40)
+        assert sorted(path.name for path in home.iterdir()) == [step_name(30), step_name(40)], point
+
+
+def test_killed_in_the_first_save_nothing_or_the_whole_is_found(tmp_path: Path) -> None:
+    for point in ("checkpoint_after_rank_file", "checkpoint_before_rename", "checkpoint_after_rename"):
+        home = tmp_path / point
+        assert processes.run(put, home, 10, env={"LDM_CRASH_AT": point}) == [137]
+        sweep(home)
+        found = newest(home, finish=True)
+        if point == "checkpoint_after_rename":
+            check_whole(found, 10)
+        else:
+            assert found is None and list(home.iterdir()) == []
+
+
+def put_or_die(home: Path, doomed: int, point: str, step: int) -> None:
+    if checkpoint._rank() == doomed:
+        os.environ["LDM_CRASH_AT"] = point
+    put(home, step)
+
+
+def test_a_process_that_dies_while_writing_leaves_no_checkpoint(tmp_path: Path) -> None:
+    put(tmp_path, 10)
+    results = processes.run(put_or_die, tmp_path, 1, "checkpoint_before_rank_file", 20, world_size=2)
+    assert results[1] == 137 and isinstance(results[0], RuntimeError)
+    check_whole(newest(tmp_path), 10)
+    assert len(sweep(tmp_path)) == 1 and [path.name for path in tmp_path.iterdir()] == [step_name(10)]
+
+
+def test_committed_before_the_others_have_written_would_be_torn(tmp_path: Path) -> None:
+    """The twin: what a first process that did not wait would leave is refused."""
+    put(tmp_path, 10)
+    processes.run(put, tmp_path, 20, world_size=2)
+    (tmp_path / step_name(20) / "rank-00001-of-00002.safetensors").unlink()
+    assert problems(tmp_path / step_name(20)) == ["rank-00001-of-00002.safetensors is missing"]
+    check_whole(newest(tmp_path), 10)
+
+
+# ---- full and crowded --------------------------------------------------------------------------------------
+def put_on_a_full_disk(home: Path, step: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        put(home, step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_stops_the_save_and_keeps_what_was_there(tmp_path: Path) -> None:
+    put(tmp_path, 10)
+    (error,) = processes.run(put_on_a_full_disk, tmp_path, 20)
+    assert isinstance(error, RuntimeError)
+    assert "step-00000020 could not be written (process 0:" in str(error) and "File too large" in str(error)
+    assert "older checkpoints stay as they are" in str(error)
+    check_whole(newest(tmp_path), 10)
+    assert [path.name for path in tmp_path.iterdir()] == [step_name(10)]
+
+
+def test_the_last_few_and_the_milestones_stay(tmp_path: Path) -> None:
+    for step in range(1, 21):
+        save(tmp_path, step, stretches=stretches(step), ema={}, config={}, facts={})
+        retain(tmp_path, 3, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(step) for step in (8, 16, 18, 19, 20)]
+
+
+def test_differences_are_named_with_both_values() -> None:
+    there: dict[str, Any] = {"unet": {"model_channels": 64, "mult": [1, 2]}, "seed": 0}
+    now: dict[str, Any] = {"unet": {"model_channels": 32, "mult": [1, 2]}, "seed": 0, "new": 1}
+    assert checkpoint.differences(there, now) == [
+        "new: None in the checkpoint, 1 now",
+        "unet.model_channels: 64 in the checkpoint, 32 now",
+    ]
