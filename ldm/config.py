@@ -177,9 +177,9 @@ class GenerationConfig:
 
     prompts: list[str] | None  # null: the caption of every sample that was trained on, which `evaluate` needs
     unseen_prompts: list[str]  # drawn besides; the grid labels those that no training sample has as its caption
-    sampler: str  # "ddim", which for flow is Euler's method: ldm/diffusion/sampler.py
+    sampler: str  # "ddim" and the other names of ldm/diffusion/sampler.py
     steps: int  # of the sampler
-    spacing: str  # its timesteps: "trailing", from the noisiest on, or "leading", as the original implementation
+    spacing: str  # its timesteps: "trailing", from the noisiest on, and the other names of ldm/diffusion/grid.py
     guidance_scale: float  # 1 is without guidance
     eta: float  # 0 is deterministic DDIM
     seed: int  # with the prompt's place in the list it decides the starting noise

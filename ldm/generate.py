@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from ldm.config import GenerationConfig, TrainSettings, from_plain
 from ldm.diffusion.guidance import guided
-from ldm.diffusion.sampler import SPACINGS, ddim
+from ldm.diffusion.sampler import SAMPLERS, check_sampler
 from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import Tokenizer, make_tokenizer
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.order import philox
-
-SAMPLERS = ("ddim",)
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Painter:
         return next(self.denoiser.parameters()).device
 
 
-def load_painter(checkpoint: Checkpoint, latent_shape: tuple[int, int, int], device: torch.device) -> Painter:
-    """The averaged weights of a checkpoint, ready to draw latents (c, h, w)."""
-    settings = from_plain(TrainSettings, checkpoint.config)
+def load_painter(checkpoint: Checkpoint, device: torch.device) -> Painter:
+    """The averaged weights of a checkpoint, ready to draw latents of the size that they were trained on."""
+    settings = from_plain(TrainSettings, checkpoint.config["settings"])
     diffusion, text = settings.diffusion, settings.text_encoder
     denoiser = make_denoiser(settings.unet, text)
     path = checkpoint.path / "ema.safetensors"
@@ -56,8 +54,8 @@ def load_painter(checkpoint: Checkpoint, latent_shape: tuple[int, int, int], dev
     if found != wanted:
         wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise ValueError(
-            f"{path} does not hold the weights of the config.json beside it: {len(wrong)} of {len(wanted)} are missing, "
-            f"too many or of another shape: {', '.join(wrong[:5])}"
+            f"{path} does not hold the weights of the config.json beside it: {len(wrong)} of {len(wanted)} are "
+            f"missing, too many or of another shape: {', '.join(wrong[:5])}"
         )
     denoiser.load_state_dict(weights, strict=False)
     return Painter(
@@ -68,21 +66,17 @@ def load_painter(checkpoint: Checkpoint, latent_shape: tuple[int, int, int], dev
             diffusion.zero_terminal_snr,
         ),
         prediction_type=diffusion.prediction,
-        latent_shape=latent_shape,
+        latent_shape=tuple(checkpoint.config["data"]["latent_shape"]),
     )  # fmt: skip
 
 
-def check(config: GenerationConfig) -> None:
-    """Refuses settings that cannot be followed, before anything is loaded."""
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"generation.sampler is {config.sampler!r}; there are: {', '.join(SAMPLERS)}")
-    if config.spacing not in SPACINGS:
-        raise ValueError(f"generation.spacing is {config.spacing!r}; there are: {', '.join(SPACINGS)}")
-    if config.steps < 1 or config.batch_size < 1:
-        raise ValueError(
-            f"generation.steps is {config.steps} and generation.batch_size is {config.batch_size}; "
-            f"both must be 1 or more"
-        )
+def check(config: GenerationConfig, schedule: Schedule, prediction_type: str) -> None:
+    """Refuses settings that cannot be followed, before anything is drawn."""
+    check_sampler(
+        config.sampler, schedule, config.steps, prediction_type, spacing=config.spacing, eta=config.eta
+    )
+    if config.batch_size < 1:
+        raise ValueError(f"generation.batch_size is {config.batch_size}; it must be 1 or more")
 
 
 def noise(seed: int, places: Sequence[int], step: int, shape: tuple[int, ...]) -> Tensor:
@@ -100,7 +94,7 @@ def noise(seed: int, places: Sequence[int], step: int, shape: tuple[int, ...]) -
 @torch.inference_mode()
 def draw_latents(painter: Painter, prompts: Sequence[str], config: GenerationConfig) -> Tensor:
     """Prompts -> scaled latents z0 (n, c, h, w), float32 on the CPU."""
-    check(config)
+    check(config, painter.schedule, painter.prediction_type)
     drawn = []
     for start in range(0, len(prompts), config.batch_size):
         places = range(start, min(start + config.batch_size, len(prompts)))
@@ -115,15 +109,15 @@ def _sample(painter: Painter, prompts: list[str], places: range, config: Generat
         return noise(config.seed, places, step, painter.latent_shape).to(like)
 
     condition, null_condition = _conditions(painter, prompts)
-    return ddim(
+    return SAMPLERS[config.sampler](
         guided(painter.denoiser, condition, null_condition, config.guidance_scale),
         noise(config.seed, places, -1, painter.latent_shape).to(painter.device),
         painter.schedule,
         config.steps,
         painter.prediction_type,
-        eta=config.eta,
         spacing=config.spacing,
         draw=draw,
+        **({"eta": config.eta} if config.sampler == "ddim" else {}),
     )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.config import GenerationConfig
-from ldm.generate import check, decode, draw_latents, load_painter
+from ldm.generate import decode, draw_latents, load_painter
 from ldm.models.autoencoder import load_autoencoder
 from ldm.sheet import Tile, draw_sheet, to_picture
 from ldm.training.checkpoint import newest
@@ -38,7 +38,6 @@ HEADINGS = {
 def run(job: Job) -> Record:
     """Draws every prompt and commits latents, pictures and grid."""
     settings: GenerationConfig = job.what["generation"]
-    check(settings)
     torch.set_num_threads(job.how.cluster.whole_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = choose_prompts(settings, captions_of(job))
@@ -46,7 +45,7 @@ def run(job: Job) -> Record:
     checkpoint = newest(job.inputs["train"].path)
     if checkpoint is None:
         raise FileNotFoundError(f"{job.inputs['train'].path} has no checkpoint; run +stage=train first")
-    painter = load_painter(checkpoint, latent_shape(job), device)
+    painter = load_painter(checkpoint, device)
     z0 = draw_latents(painter, [prompt["prompt"] for prompt in prompts], settings)
     image = decode(load_autoencoder(autoencoder, device), z0, autoencoder.scale_factor, settings.batch_size)
     grid = draw_grid(image, prompts, settings.grid_pictures)
@@ -61,13 +60,6 @@ def run(job: Job) -> Record:
     journal.image(f"grid {job.output.path.name}", job.output / "grid.png", checkpoint.step)
     journal.close()
     return record
-
-
-def latent_shape(job: Job) -> tuple[int, int, int]:
-    """(c, h, w) of the latents that the model was trained on."""
-    records = job.inputs["precompute_latents"].committed().values()
-    side = next(record.facts["latent_side"] for record in records if record.samples)
-    return job.what["autoencoder"].network.latent_channels, side, side
 
 
 def captions_of(job: Job) -> list[str] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import GenerationConfig, TextEncoderConfig, UNetConfig
+from ldm.diffusion.sampler import SAMPLERS
 from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.generate import Painter, decode, draw_latents, noise
 from ldm.models.denoiser import make_denoiser
@@ -86,6 +87,14 @@ def test_each_prompt_gives_its_own_picture() -> None:
     torch.testing.assert_close(z0, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_draws_what_the_denoiser_knows(sampler: str) -> None:
+    painter, config = oracle(), dataclasses.replace(CONFIG, guidance_scale=1.0, sampler=sampler, steps=50)
+    z0 = draw_latents(painter, PROMPTS, config)
+    expected = picture_of(painter.tokenizer(PROMPTS).double(), z0)  # type: ignore[misc]
+    torch.testing.assert_close(z0, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_guidance_pushes_away_from_the_empty_caption() -> None:
     painter = oracle()
     z0 = draw_latents(painter, PROMPTS, CONFIG)
@@ -146,7 +155,9 @@ def test_decode_divides_by_the_scale_factor_and_cuts() -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"sampler": "dimm"}, "there are: ddim"),
     ({"spacing": "even"}, "there are: trailing, leading"),
-    ({"steps": 0}, "must be 1 or more"),
+    ({"steps": 0}, "1 to 1000"),
+    ({"batch_size": 0}, "must be 1 or more"),
+    ({"sampler": "plms", "eta": 0.5}, "which only ddim has"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_followed_are_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -57,7 +57,7 @@ def _write_shard(cache: StageFolder, shard: int, members: range) -> Any:
             moments = encode_array(np.concatenate([means[i], logvar]))
             writer.write(f"{shard:06d}{i:02d}", {"moments.npy": moments, "txt": CAPTIONS[i].encode()})
         writer.close()
-        return attempt.commit(rows=len(members), samples=len(members), dropped={}, inputs={}, facts={"latent_side": 8})
+        return attempt.commit(rows=len(members), samples=len(members), dropped={}, inputs={})
 
 
 def autoencoder(folder: Path) -> AutoencoderSettings:

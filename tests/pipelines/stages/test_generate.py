@@ -44,10 +44,11 @@ def write_checkpoint(train: Path, unet: UNetConfig = UNET, text: TextEncoderConf
     for parameter in denoiser.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    config = {
+    settings = {
         "unet": dataclasses.asdict(unet), "text_encoder": dataclasses.asdict(text) if text else None,
         "diffusion": dataclasses.asdict(DIFFUSION), "training": _training(),
     }  # fmt: skip
+    config = {"settings": settings, "data": {"latent_shape": [4, 8, 8]}}
     checkpoint.save(train, 42, stretches=[], ema=denoiser.state_dict(), config=config, facts={"samples_seen": 0})
 
 
@@ -122,11 +123,11 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     write_checkpoint(inputs["train"].path)
     folder = inputs["train"].path / "step-00000042"
     config = read_json(folder / "config.json")
-    config["unet"]["channel_mult"] = [1, 2, 2]
-    config["unet"]["transformer_depth"] = [1, 1, 1]
+    config["settings"]["unet"]["channel_mult"] = [1, 2, 2]
+    config["settings"]["unet"]["transformer_depth"] = [1, 1, 1]
     wrong = checkpoint.Checkpoint(folder, read_json(folder / "manifest.json"), config)
     with pytest.raises(ValueError, match="does not hold the weights of the config.json"):
-        load_painter(wrong, (4, 8, 8), torch.device("cpu"))
+        load_painter(wrong, torch.device("cpu"))
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
