@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -130,6 +131,28 @@ def bar(parts: Sequence[tuple[str, int]], width: float = 1.0) -> str:
         for label, count, colour in shown
     )
     return f'<div class="bar" style="width:{width:.0%}">{"".join(spans)}</div><div>{"".join(keys)}</div>'
+
+
+def markdown(text: str) -> str:
+    """The little Markdown that our cards are written in: headings, lists, tables, paragraphs, `code`."""
+    return "\n".join(_block(block.splitlines()) for block in re.split(r"\n\s*\n", text.strip()))
+
+
+def _block(lines: list[str]) -> str:
+    if lines[0].startswith("#"):
+        return "\n".join([f"<h3>{_inline(lines[0].lstrip('# '))}</h3>", *([_block(lines[1:])] if lines[1:] else [])])
+    if lines[0].startswith("|"):
+        rows = [line.strip("|").split("|") for line in lines if not set(line) <= set("|-: ")]
+        cells = ("".join(f"<td>{_inline(part.strip())}</td>" for part in row) for row in rows)
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+    if lines[0].startswith("- "):
+        items = re.split(r"\n- ", "\n".join(lines)[2:])
+        return f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in items)}</ul>"
+    return f"<p>{_inline(' '.join(lines))}</p>"
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pipelines.page import (
     embed,
     figure,
     file_figure,
+    markdown,
     navigation,
     number_card,
     page,
@@ -69,7 +70,7 @@ def write_report(run_folder: str | Path) -> Path:
         "Where every row went": _funnel(stages),
         "Examples of the data": _examples(stages),
         "Training": _training(run_folder),
-        "Autoencoder": _autoencoder(said),
+        "Autoencoder": _autoencoder(said, stages),
         "What ran": _what_ran(said, stages),
         "Where the data comes from": _credit(said),
     }
@@ -288,20 +289,14 @@ def spread_to_end(items: list[Any], count: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _autoencoder(said: Said) -> list[str]:
+def _autoencoder(said: Said, stages: list[Made]) -> list[str]:
+    """The card beside the weights that were given, or the figures of those that this run trained."""
     weights = said.params.get("autoencoder.weights", "None")
-    if weights == "None":
-        return []
-    card = (ROOT / weights).with_suffix(".json")
-    if not card.exists():
-        return []
-    return [table([{"": name, "value": _short(value)} for name, value in read_json(card).items()])]
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    card = (ROOT / weights).with_suffix(".md")
+    if weights != "None" and card.exists():
+        return [f'<div class="card">{markdown(card.read_text())}</div>']
+    made = next((stage.folder.record() for stage in stages if stage.name == "train_autoencoder"), None)
+    return [table([{"figure": name, "value": value} for name, value in made.facts.items()])] if made else []
 
 
 def _what_ran(said: Said, stages: list[Made]) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.shards import ShardWriter
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import StageFolder, write_json
-from pipelines.page import bar, curve, embed, table, thin, ticks
+from pipelines.page import bar, curve, embed, markdown, table, thin, ticks
 from pipelines.report import examples, spread_to_end, write_report
 
 
@@ -169,6 +169,14 @@ def test_bar_is_as_long_as_its_parts() -> None:
 def test_table_escapes_and_aligns() -> None:
     text = table([{"name": "<b>", "count": 1200}, {"name": "x", "other": 0.123456}])
     assert "&lt;b&gt;" in text and "1,200" in text and "0.1235" in text and '<th class="number">count' in text
+
+
+def test_markdown_of_a_card() -> None:
+    card = "# A card\n\nWhat `x<y` is,\nin words.\n\n- one\n  more\n- two\n\n| | |\n|---|--:|\n| PSNR | 24 dB |\n"
+    text = markdown(card)
+    assert text.splitlines()[:2] == ["<h3>A card</h3>", "<p>What <code>x&lt;y</code> is, in words.</p>"]
+    assert "<li>one\n  more</li><li>two</li>" in text
+    assert "<table><tr><td>PSNR</td><td>24 dB</td></tr></table>" in text
 
 
 def test_thin_keeps_spikes_and_ends() -> None:
