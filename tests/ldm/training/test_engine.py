@@ -1,0 +1,197 @@
+"""DeepSpeed behind one face: even batches, equal numbers for every ZeRO stage, and no weight is ever poisoned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.training import checkpoint
+from ldm.training.engine import Engine, NonFiniteGradient, World, accumulation, deepspeed_config, join
+from tests.ldm.training import processes
+from tests.ldm.training.tiny import RUN, SEED, TRAINING
+
+ALONE = World(0, 1, torch.device("cpu"))
+BATCH, STEPS = 8, 6
+
+
+class Network(nn.Module):
+    """Convolution, norm and embedding, odd sizes, and a parameter that never has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 7, 3, padding=1), nn.Conv2d(7, 4, 3, padding=1)
+        self.norm, self.time = nn.GroupNorm(1, 7), nn.Embedding(5, 7)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, z_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        h = nn.functional.silu(self.norm(self.first(z_t))) + self.time(t % 5)[:, :, None, None]
+        return self.last(h)
+
+
+def samples(step: int) -> Tensor:
+    return torch.randn(BATCH, 4, 6, 6, generator=torch.Generator().manual_seed(100 * SEED + step))
+
+
+def make(world: World, micro_batch_size: int, seed: int = SEED, **run: Any) -> Engine:
+    torch.manual_seed(seed)
+    how = replace(RUN, micro_batch_size=micro_batch_size, **run)
+    return Engine(Network(), replace(TRAINING, batch_size=BATCH, learning_rate=1e-2), how, world)
+
+
+def steps(engine: Engine, numbers: range) -> list[tuple[float, float]]:
+    """(mean loss of this process, gradient norm) of each step."""
+    found, rank, world_size = [], engine.world.rank, engine.world.world_size
+    for step in numbers:
+        mine = samples(step)[rank::world_size].chunk(engine.accumulation)
+        times = torch.arange(BATCH)[rank::world_size].chunk(engine.accumulation)
+        total = 0.0
+        for z, t in zip(mine, times, strict=True):
+            loss = (engine(z, t, {}) - z.flip(1)).square().mean()
+            engine.backward(loss)
+            total += loss.item() / engine.accumulation
+        found.append((total, engine.update(1e-2)))
+    return found
+
+
+def plain(network: nn.Module, numbers: range) -> list[tuple[float, float]]:
+    """The same in plain PyTorch, in one process and in whole batches."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
+    found = []
+    for step in numbers:
+        z = samples(step)
+        optimizer.zero_grad()
+        loss = (network(z, torch.arange(BATCH), {}) - z.flip(1)).square().mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+def test_batches_come_out_even_or_are_refused() -> None:
+    assert accumulation(680, 17, 8) == 5 and accumulation(8, 8, 1) == 1
+    with pytest.raises(ValueError, match="batch_size is 681, which 8 .* nearest that fit are 680 and 688"):
+        accumulation(681, 17, 8)
+    with pytest.raises(ValueError, match="batch_size is 3, which 8 .* nearest that fit are 8"):
+        accumulation(3, 1, 8)
+    with pytest.raises(ValueError, match="micro_batch_size is 16, .* 85 samples .* these do: 1, 5, 17, 85"):
+        accumulation(680, 16, 8)
+
+
+def test_further_keys_reach_deepspeed_and_ours_cannot_be_contradicted() -> None:
+    run = replace(
+        RUN, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": False}}
+    )
+    config = deepspeed_config(TRAINING, replace(run, micro_batch_size=8), ALONE)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000 and config["zero_optimization"]["stage"] == 1
+    assert config["comms_logger"] == {"enabled": False}
+    for theirs, mend in (
+        ({"train_batch_size": 4}, "train_batch_size is decided by training.batch_size"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is decided by cluster.train.run.zero_stage"),
+        ({"bf16": {"enabled": True}}, "bf16 is decided by training.precision"),
+    ):
+        with pytest.raises(ValueError, match=mend):
+            deepspeed_config(TRAINING, replace(run, micro_batch_size=8, deepspeed=theirs), ALONE)
+
+
+def test_precisions_that_do_not_exist_or_fit_are_refused() -> None:
+    run = replace(RUN, micro_batch_size=8, zero_stage=0)
+    with pytest.raises(ValueError, match="precision is 'fp8'; there are: float32, bf16_autocast, bf16"):
+        deepspeed_config(replace(TRAINING, precision="fp8"), run, ALONE)
+    with pytest.raises(ValueError, match="zero_stage=1 on; set that"):
+        deepspeed_config(replace(TRAINING, precision="bf16"), run, ALONE)
+
+
+# ---- a gradient that is no number --------------------------------------------------------------------------
+def poison(stage: int) -> tuple[str, bool, float]:
+    """(message, whether the weights stayed, norm of a good step after it)"""
+    engine = make(join(), BATCH, zero_stage=stage)
+    steps(engine, range(2))
+    before = engine.gather(engine.stretches())
+    z = samples(2)
+    # The loss is finite, its gradient is not: sqrt at 0.
+    loss = (engine(z, torch.arange(BATCH), {}) * 0).sum().abs().sqrt()
+    engine.backward(loss)
+    try:
+        engine.update(1e-2)
+        message = "was applied"
+    except NonFiniteGradient as error:
+        message = str(error)
+    after = engine.gather(engine.stretches())
+    assert before is not None and after is not None
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    return message, same, steps(engine, range(3, 4))[0][1] if stage else 0.0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(stage: int) -> None:
+    (result,) = processes.run(poison, stage)
+    message, same, norm = result
+    assert "the gradient's norm is" in message and same and math.isfinite(norm)
+
+
+# ---- all stages --------------------------------------------------------------------------------------------
+def run_stage(stage: int, micro_batch_size: int, home: Path) -> dict[str, Any]:
+    """Half of the steps, a checkpoint, and the other half."""
+    engine = make(join(), micro_batch_size, zero_stage=stage)
+    found = steps(engine, range(STEPS // 2))
+    whole = engine.gather(engine.stretches())
+    checkpoint.save(home, STEPS // 2, stretches=engine.states(), ema=whole, config={}, facts={})
+    found += steps(engine, range(STEPS // 2, STEPS))
+    return {"steps": found, "weights": engine.gather(engine.stretches())}
+
+
+def resume_stage(stage: int, micro_batch_size: int, home: Path) -> dict[str, Any]:
+    engine = make(join(), micro_batch_size, seed=SEED + 1, zero_stage=stage)
+    last = checkpoint.newest(home)
+    assert last is not None
+    engine.restore(last.read, last.step)
+    found = steps(engine, range(STEPS // 2, STEPS))
+    return {"steps": found, "weights": engine.gather(engine.stretches())}
+
+
+def check_same(results: list[dict[str, Any]], expected: list[tuple[float, float]], weights: dict[str, Tensor]) -> None:
+    losses = [sum(r["steps"][i][0] for r in results) / len(results) for i in range(len(expected))]
+    for (loss, norm), (found, found_norm) in zip(
+        expected, zip(losses, (n for _, n in results[0]["steps"]), strict=True), strict=True
+    ):
+        assert found == pytest.approx(loss, rel=1e-5) and found_norm == pytest.approx(norm, rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(results[0]["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def reference() -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    torch.manual_seed(SEED)
+    network = Network()
+    expected = plain(network, range(STEPS))
+    # A parameter without a gradient: ZeRO has it in its flat weights and lets it decay.
+    return expected, {name: x.detach() for name, x in network.named_parameters() if name != "idle"}
+
+
+def test_two_processes_under_zero_follow_plain_pytorch(tmp_path: Path) -> None:
+    results = processes.run(run_stage, 1, 4, tmp_path, world_size=2)
+    check_same(results, *reference())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_all_stages_follow_plain_pytorch_and_go_on_from_each_other(tmp_path: Path, micro_batch_size: int) -> None:
+    expected, weights = reference()
+    for stage in range(4):
+        check_same(
+            processes.run(run_stage, stage, micro_batch_size, tmp_path / str(stage), world_size=2), expected, weights
+        )
+    for stage in range(4):
+        for then in range(4):
+            resumed = processes.run(resume_stage, then, micro_batch_size, tmp_path / str(stage), world_size=2)
+            check_same(resumed, expected[STEPS // 2 :], weights)
+    for stage in (0, 3):
+        alone = processes.run(resume_stage, 2, micro_batch_size, tmp_path / str(stage), world_size=1)
+        check_same(alone, expected[STEPS // 2 :], weights)
