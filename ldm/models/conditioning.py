@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config import ClassEmbedderConfig, SpatialRescalerConfig
 from ldm.models.blocks import embed_timestep
+
+Box = tuple[float, float, float, float]  # left, top, width, height, as shares of the picture's sides
 
 
 class ClassEmbedder(nn.Module):
@@ -44,3 +49,31 @@ class SpatialRescaler(nn.Module):
 def embed_numbers(numbers: Tensor, width: int = 256) -> Tensor:
     """Sizes, crops or scores (b, k) -> (b, k * width), embedded as timesteps are (Podell et al. 2023, Sec. 2.2)."""
     return embed_timestep(numbers.flatten(), width).view(len(numbers), -1)
+
+
+def layout_tokens(objects: list[tuple[int, Box]], crop: Box, vocab_size: int, length: int) -> Tensor:
+    """Objects (kind, box) and the part of the picture that is shown -> tokens (length,) (Rombach et al. 2022, 4.3.1).
+
+    Three tokens for each object, its kind and two corners of its box, then two for the crop's corners; objects that
+    are not there have the last token of the vocabulary three times. A corner is one number: its cell, counted row by
+    row, on the largest square grid that the vocabulary can number.
+    """
+    most = (length - 2) // 3
+    if len(objects) > most:
+        raise ValueError(f"{len(objects)} objects; text_encoder.length, {length}, has room for {most}")
+    grid = math.isqrt(vocab_size)
+    tokens = [token for kind, box in objects for token in (kind, *corners(box, grid))]
+    if any(not 0 <= kind < vocab_size - 1 for kind, _ in objects):
+        raise ValueError(f"kinds of objects are numbers from 0 to {vocab_size - 2} (text_encoder.vocab_size)")
+    tokens += [vocab_size - 1] * (length - 2 - len(tokens))
+    return torch.tensor([*tokens, *corners(crop, grid)])
+
+
+def corners(box: Box, grid: int) -> tuple[int, int]:
+    """The cells of a box's top left and bottom right corners on a square grid."""
+    left, top, width, height = box
+    if min(box) < 0 or max(left + width, top + height) > 1 + 1e-6:  # sums of shares round
+        raise ValueError(f"the box {box} leaves the picture: left, top, width and height are shares of its sides")
+    points = (left, top), (left + width, top + height)
+    first, last = (round(y * (grid - 1)) * grid + round(x * (grid - 1)) for x, y in points)
+    return first, last

@@ -5,7 +5,7 @@ import torch
 
 from ldm.config import ClassEmbedderConfig, SpatialRescalerConfig
 from ldm.models.blocks import embed_timestep
-from ldm.models.conditioning import ClassEmbedder, SpatialRescaler, embed_numbers
+from ldm.models.conditioning import ClassEmbedder, SpatialRescaler, embed_numbers, layout_tokens
 from tests.ldm.models.original import Golden
 
 
@@ -56,3 +56,22 @@ def test_numbers_are_embedded_one_after_the_other() -> None:
     embedded = embed_numbers(sizes)
     assert embedded.shape == (2, 3 * 256)
     torch.testing.assert_close(embedded[1, 512:], embed_timestep(sizes[1, 2:], 256)[0])
+
+
+def test_layout_tokens() -> None:
+    tokens = layout_tokens([(3, (0.0, 0.0, 0.5, 1.0)), (7, (0.5, 0.5, 0.5, 0.5))], (0, 0, 1, 1), 101, length=11)
+    # a grid of 10 x 10: the corner (0.5, 1) is column round(4.5) = 4 of row 9; empty objects are 100
+    assert tokens.tolist() == [3, 0, 94, 7, 44, 99, 100, 100, 100, 0, 99]
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ([(1, (0, 0, 1, 1))] * 31, r"31 objects; text_encoder\.length, 92, has room for 30"),
+        ([(8191, (0, 0, 1, 1))], "from 0 to 8190"),
+        ([(1, (0.5, 0, 0.6, 1))], r"\(0\.5, 0, 0\.6, 1\) leaves the picture"),
+    ],
+)
+def test_layouts_that_have_no_tokens_are_refused(objects: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout_tokens(objects, (0, 0, 1, 1), vocab_size=8192, length=92)
