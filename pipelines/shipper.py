@@ -29,6 +29,7 @@ class Shipper(threading.Thread):
         super().__init__(name="tracking", daemon=True)
         self.output, self.interval_seconds = output, interval_seconds
         self.trouble = ""  # why the last try failed
+        self.done = False  # everything was sent before it ended
         self._connect = connect
         self._wake, self._closing = threading.Event(), threading.Event()
 
@@ -44,6 +45,7 @@ class Shipper(threading.Thread):
                 sent, self.trouble = False, str(error)
                 pause = self.interval_seconds if closing else min(MAX_PAUSE_SECONDS, 2 * pause)
             if closing and not sent and not self.trouble:
+                self.done = True
                 return
             if not sent:
                 self._wake.wait(pause)
@@ -54,7 +56,9 @@ class Shipper(threading.Thread):
         self._closing.set()
         self._wake.set()
         self.join(seconds)
-        return unsent_bytes(self.output) if self.is_alive() else 0
+        if not self.is_alive() and not self.done:
+            self.trouble = "its thread died, see above"
+        return 0 if self.done else unsent_bytes(self.output)
 
 
 def sent_path(journal: Path) -> Path:

@@ -324,6 +324,18 @@ def test_the_shipper_tries_again_until_the_receiver_is_back(tmp_path: Path) -> N
     assert calls == ["connect"] * 3 and left == [-1] and shipper.trouble == ""
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_shipper_that_died_does_not_say_that_all_is_sent(tmp_path: Path) -> None:
+    Journal(journal_path(tmp_path, "train")).metrics({"loss": 1.0}, 1)
+
+    def connect() -> Any:
+        raise TypeError("a mistake of ours")
+
+    shipper = Shipper(connect, tmp_path, interval_seconds=0.01)
+    shipper.start()
+    assert shipper.close(10.0) > 0 and "died" in shipper.trouble
+
+
 def test_a_server_that_is_away_costs_the_run_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
