@@ -184,6 +184,11 @@ def embedding(width: int, emb: int) -> nn.Sequential:
 def check(config: UNetConfig) -> None:
     """Refuse settings that describe no network, naming the values found and the keys to change."""
     levels = len(config.channel_mult)
+    for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "norm_groups"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"unet.{name} is {getattr(config, name)}; it must be a positive integer")
+    if levels == 0 or min(config.channel_mult) < 1:
+        raise ValueError(f"unet.channel_mult is {config.channel_mult}; it needs a positive integer for each level")
     if (config.num_heads is None) == (config.num_head_channels is None):
         raise ValueError(
             f"unet.num_heads is {config.num_heads} and unet.num_head_channels {config.num_head_channels}; "

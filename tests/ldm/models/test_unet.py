@@ -258,6 +258,8 @@ def test_sides_of_concat_and_of_a_classifier_are_checked() -> None:
         ({"transformer_depth": [1, 1]}, r"unet\.transformer_depth has 2 entries; unet\.channel_mult has 3"),
         ({"transformer_depth": None}, r"unet\.context_dim is 24 but unet\.transformer_depth is null"),
         ({"num_classes": 10, "vector_dim": 8}, r"unet\.num_classes is 10 and unet\.vector_dim 8"),
+        ({"num_res_blocks": 0}, r"unet\.num_res_blocks is 0"),
+        ({"channel_mult": []}, r"unet\.channel_mult is \[\]"),
         ({"qkv_order": "vkq"}, r'unet\.qkv_order is "vkq"'),
     ],
 )
