@@ -38,10 +38,11 @@ def samples(step: int) -> Tensor:
     return torch.randn(BATCH, 4, 6, 6, generator=torch.Generator().manual_seed(100 * SEED + step))
 
 
-def make(world: World, micro_batch_size: int, seed: int = SEED, **run: Any) -> Engine:
+def make(world: World, micro_batch_size: int, seed: int = SEED, precision: str = "float32", **run: Any) -> Engine:
     torch.manual_seed(seed)
     how = replace(RUN, micro_batch_size=micro_batch_size, **run)
-    return Engine(Network(), replace(TRAINING, batch_size=BATCH, learning_rate=1e-2), how, world)
+    training = replace(TRAINING, batch_size=BATCH, learning_rate=1e-2, precision=precision)
+    return Engine(Network(), training, how, world)
 
 
 def steps(engine: Engine, numbers: range) -> list[tuple[float, float]]:
@@ -52,7 +53,7 @@ def steps(engine: Engine, numbers: range) -> list[tuple[float, float]]:
         times = torch.arange(BATCH)[rank::world_size].chunk(engine.accumulation)
         total = 0.0
         for z, t in zip(mine, times, strict=True):
-            loss = (engine(z, t, {}) - z.flip(1)).square().mean()
+            loss = (engine(z, t, {}).float() - z.flip(1)).square().mean()
             engine.backward(loss)
             total += loss.item() / engine.accumulation
         found.append((total, engine.update(1e-2)))
@@ -138,9 +139,9 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(stage: int) -> N
 
 
 # ---- all stages --------------------------------------------------------------------------------------------
-def run_stage(stage: int, micro_batch_size: int, home: Path) -> dict[str, Any]:
+def run_stage(stage: int, micro_batch_size: int, home: Path, precision: str = "float32") -> dict[str, Any]:
     """Half of the steps, a checkpoint, and the other half."""
-    engine = make(join(), micro_batch_size, zero_stage=stage)
+    engine = make(join(), micro_batch_size, precision=precision, zero_stage=stage)
     found = steps(engine, range(STEPS // 2))
     whole = engine.gather(engine.stretches())
     checkpoint.save(home, STEPS // 2, stretches=engine.states(), ema=whole, config={}, facts={})
@@ -148,8 +149,8 @@ def run_stage(stage: int, micro_batch_size: int, home: Path) -> dict[str, Any]:
     return {"steps": found, "weights": engine.gather(engine.stretches())}
 
 
-def resume_stage(stage: int, micro_batch_size: int, home: Path) -> dict[str, Any]:
-    engine = make(join(), micro_batch_size, seed=SEED + 1, zero_stage=stage)
+def resume_stage(stage: int, micro_batch_size: int, home: Path, precision: str = "float32") -> dict[str, Any]:
+    engine = make(join(), micro_batch_size, seed=SEED + 1, precision=precision, zero_stage=stage)
     last = checkpoint.newest(home)
     assert last is not None
     engine.restore(last.read, last.step)
@@ -195,3 +196,17 @@ def test_all_stages_follow_plain_pytorch_and_go_on_from_each_other(tmp_path: Pat
     for stage in (0, 3):
         alone = processes.run(resume_stage, 2, micro_batch_size, tmp_path / str(stage), world_size=1)
         check_same(alone, expected[STEPS // 2 :], weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16_autocast", "bf16"])
+def test_bf16_stays_near_and_goes_on_to_the_bit(tmp_path: Path, precision: str) -> None:
+    expected, _ = reference()
+    for stage in (1, 2, 3):
+        home = tmp_path / str(stage)
+        results = processes.run(run_stage, stage, 2, home, precision, world_size=2)
+        for i, (loss, _) in enumerate(expected):
+            assert sum(r["steps"][i][0] for r in results) / 2 == pytest.approx(loss, rel=0.03)
+        resumed = processes.run(resume_stage, stage, 2, home, precision, world_size=2)
+        assert resumed[0]["steps"] == results[0]["steps"][STEPS // 2 :]
+        assert all(torch.equal(resumed[0]["weights"][name], x) for name, x in results[0]["weights"].items())

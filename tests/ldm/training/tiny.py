@@ -31,8 +31,8 @@ TEXT_ENCODER = TextEncoderConfig(
 )  # fmt: skip
 
 UNET = UNetConfig(
-    in_channels=2, out_channels=2, model_channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2],
-    num_heads=2, num_head_channels=None, transformer_depth=[1, 1, 1], context_dim=8, cross_only_resolutions=[],
+    in_channels=2, out_channels=2, model_channels=8, channel_mult=[1], num_res_blocks=1, attention_resolutions=[1],
+    num_heads=2, num_head_channels=None, transformer_depth=[1], context_dim=8, cross_only_resolutions=[],
     linear_projections=True, qkv_order="head_first", scale_shift_norm=False, resblock_updown=False, num_classes=None,
     vector_dim=None, norm_groups=4, dropout=0.1,
 )  # fmt: skip

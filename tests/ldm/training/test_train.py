@@ -1,0 +1,257 @@
+"""The whole loop on two processes: stopped and resumed to the bit, stopped by what is no number, seen from outside."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm.config import SampleGridConfig, TrainingRunConfig, TrainSettings, from_plain
+from ldm.models.denoiser import make_denoiser
+from ldm.shards import ShardWriter, encode_array
+from ldm.training import checkpoint
+from ldm.training.checkpoint import newest, step_name
+from ldm.training.loader import TrainData
+from ldm.training.train import train
+from tests.ldm.training import processes
+from tests.ldm.training.tiny import RUN, SHAPE, settings, write_data
+
+GRID = SampleGridConfig(every_steps=4, prompts=["0 1", "1 2", "what"], steps=2, guidance_scale=2.0)
+
+
+def work(
+    what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig, stop_at: int | None = None
+) -> dict[str, Any]:
+    """One process of a training run; process 1 asks to stop when it was asked `stop_at` times whether to."""
+    logged: list[tuple[int, dict[str, float]]] = []
+    grids: list[tuple[int, bytes, str]] = []
+    asked = [0]
+
+    def should_stop() -> bool:
+        asked[0] += 1
+        return int(os.environ["RANK"]) == 1 and asked[0] == stop_at
+
+    def decode(z0: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(z0[:, [0, 1, 0]], scale_factor=8).clamp(-1, 1)
+
+    step = train(
+        what, data, output, run, decode=decode, log=lambda *a: logged.append(a), log_grid=lambda *a: grids.append(a),
+        should_stop=should_stop,
+    )  # fmt: skip
+    return {"step": step, "logged": logged, "grids": grids}
+
+
+def two(*args: Any) -> list[Any]:
+    return processes.run(work, *args, world_size=2)
+
+
+def weights_of(output: Path, step: int) -> dict[str, bytes]:
+    """Everything that a checkpoint holds of the model and the optimizer, bit for bit."""
+    found = {}
+    for path in sorted((output / step_name(step)).glob("*.safetensors")):
+        found |= {f"{path.name}/{name}": x.numpy().tobytes() for name, x in load_file(path).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
+    return write_data(tmp_path_factory.mktemp("latents"), [9, 14, 6], [None, [i != 3 for i in range(14)], None])
+
+
+# ---- T1 ----------------------------------------------------------------------------------------------------
+RUN_2 = replace(RUN, zero_stage=2, checkpoint_every_steps=100)
+
+
+@pytest.fixture(scope="module")
+def straight(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """40 steps without a stop."""
+    output = tmp_path_factory.mktemp("straight")
+    return output, two(settings(), data, output, RUN_2)
+
+
+def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(
+    data: TrainData, straight: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    output, whole = straight
+    first = two(settings(), data, tmp_path, RUN_2, 20)
+    assert [r["step"] for r in first] == [20, 20]  # one process wanted to stop, both did, and nothing was lost
+    rest = two(settings(), data, tmp_path, replace(RUN_2, loader_workers=2))
+    assert [r["step"] for r in rest] == [40, 40]
+    assert weights_of(tmp_path, 40) == weights_of(output, 40)
+    assert [values["loss"] for _, values in first[0]["logged"] + rest[0]["logged"]] == [
+        values["loss"] for _, values in whole[0]["logged"]
+    ]
+    # The twin: the comparison sees one step more or less, and what an average that was lost would do.
+    assert weights_of(tmp_path, 20) != weights_of(output, 40)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_within_a_thousandth(
+    data: TrainData, straight: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    """Without dropout inside the network, whose draws depend on who computes which sample."""
+    what = replace(settings(), unet=replace(settings().unet, dropout=0.0))
+    run = replace(RUN, zero_stage=2)
+    two(what, data, tmp_path / "two", replace(run, checkpoint_every_steps=20))
+    whole = load_file(tmp_path / "two" / step_name(40) / "ema.safetensors")
+    two(what, data, tmp_path / "moved", run, 20)
+    (alone,) = processes.run(work, what, data, tmp_path / "moved", replace(run, zero_stage=1))
+    assert alone["step"] == 40
+    moved = load_file(tmp_path / "moved" / step_name(40) / "ema.safetensors")
+    assert max((whole[name] - moved[name]).abs().max().item() for name in whole) < 1e-3
+
+
+# ---- what is seen of it ------------------------------------------------------------------------------------
+def test_numbers_grids_and_checkpoints_come_when_they_are_due(data: TrainData, tmp_path: Path) -> None:
+    what = settings(
+        max_steps=10, log_every_steps=2, grid=GRID, held_out_shards=1, validate_every_steps=5, validation_samples=16
+    )
+    run = replace(RUN, checkpoint_every_steps=3, keep_checkpoints=2, activation_checkpointing=True)
+    first, second = two(what, data, tmp_path, run)
+    assert second["logged"] == second["grids"] == []
+    steps = [step for step, values in first["logged"] if "loss" in values]
+    assert steps == [2, 4, 6, 8, 10]
+    values = first["logged"][0][1]
+    assert {"loss", "grad_norm", "learning_rate", "samples_per_second", "input_wait", "memory_bytes"} <= values.keys()
+    assert {name for _, v in first["logged"] for name in v if name.startswith("loss_t")} == {
+        f"loss_t{i}" for i in range(4)
+    }
+    assert all(math.isfinite(value) for _, v in first["logged"] for value in v.values())
+    assert values["learning_rate"] == pytest.approx(what.training.learning_rate * 2 / 5)
+    assert [step for step, v in first["logged"] if "validation_loss" in v] == [5, 10]
+    assert [(step, name) for step, _, name in first["grids"]] == [(4, "samples"), (8, "samples"), (10, "samples")]
+    assert Image.open(io.BytesIO(first["grids"][0][1])).size[0] > 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(9), step_name(10)]
+
+
+def test_a_checkpoint_is_enough_to_build_the_model_again(data: TrainData, straight: tuple[Path, list[Any]]) -> None:
+    output, _ = straight
+    folder = output / step_name(40)
+    config = json.loads((folder / "config.json").read_text())
+    again = from_plain(TrainSettings, config["settings"])
+    assert again == settings() and config["data"]["latent_shape"] == SHAPE
+    denoiser = make_denoiser(again.unet, again.text_encoder)
+    denoiser.load_state_dict(load_file(folder / "ema.safetensors"))
+    # What is averaged lags behind; the text encoder goes with its newest weights.
+    last = newest(output)
+    assert last is not None
+    for name, weight in denoiser.named_parameters():
+        live = last.read("weight", name, 0, weight.numel()).view(weight.shape)
+        assert torch.equal(weight.detach(), live) == name.startswith("text_encoder.") or weight.numel() < 9, name
+
+
+def test_it_learns_four_pictures_by_heart(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    data = write_data(tmp_path / "latents", [4])
+    what = settings(
+        {"prediction": "z0"}, learning_rate=1e-2, caption_dropout=0.0, max_steps=80, log_every_steps=20, lr_end=1.0
+    )
+    what = replace(what, unet=replace(what.unet, dropout=0.0))
+    (result,) = processes.run(work, what, data, tmp_path / "train", replace(RUN, micro_batch_size=8))
+    losses = [values["loss"] for _, values in result["logged"]]
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+# ---- what stops it -----------------------------------------------------------------------------------------
+def poisoned(folder: Path) -> TrainData:
+    """One sample of 16 is infinite."""
+    data = write_data(folder, [15])
+    writer = ShardWriter(folder / "bad.tar", folder / "bad.index")
+    moments = np.full((2 * SHAPE[0], *SHAPE[1:]), np.inf, np.float16)
+    writer.write("000666000", {"moments.npy": encode_array(moments), "txt": b"bad"})
+    writer.close()
+    bad = replace(data.shards[0], tar=str(writer.tar), index=str(writer.index), samples=1, digest="bad")
+    return replace(data, shards=[*data.shards, bad], used=[*data.used, None])
+
+
+def test_a_loss_that_is_no_number_stops_all_and_names_step_process_and_keys(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    data = poisoned(tmp_path / "latents")
+    run = replace(RUN, checkpoint_every_steps=1)
+    errors = processes.run(work, settings(max_steps=10), data, tmp_path / "train", run, world_size=2)
+    assert all(isinstance(error, RuntimeError) for error in errors) and str(errors[0]) == str(errors[1])
+    message = str(errors[0])
+    assert "the loss is not finite at step" in message and "000666000" in message
+    assert message.count("process ") == 1  # only the one that had it is named
+    step = int(message.split("at step ")[1].split(";")[0])
+    last = newest(tmp_path / "train")
+    assert (last.step if last else 0) == step - 1
+    if last:
+        weights = load_file(last.path / "ema.safetensors").values()
+        assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda s, d: (replace(s, training=replace(s.training, learning_rate=1e-4)), d),
+            "training.learning_rate: 0.003",
+        ),
+        (lambda s, d: (s, replace(d, selection="other")), "selection: 'selection 1' in the checkpoint, 'other' now"),
+        (lambda s, d: (replace(s, unet=replace(s.unet, model_channels=16)), d), "unet.model_channels: 8"),
+    ],
+)
+def test_a_run_does_not_go_on_from_other_settings(
+    data: TrainData, straight: tuple[Path, list[Any]], change: Callable[..., Any], named: str
+) -> None:
+    what, other = change(settings(max_steps=50), data)
+    (error,) = processes.run(work, what, other, straight[0], replace(RUN, micro_batch_size=8))
+    assert isinstance(error, ValueError) and named in str(error) and "name=OTHER" in str(error)
+
+
+def test_more_steps_go_on_and_none_are_done_again(data: TrainData, tmp_path: Path) -> None:
+    what = settings(max_steps=6, lr_schedule="constant")
+    run = replace(RUN, micro_batch_size=8)
+    (first,) = processes.run(work, what, data, tmp_path, run)
+    again, more = (
+        processes.run(
+            work, replace(what, training=replace(what.training, max_steps=n, log_every_steps=1)), data, tmp_path, run
+        )[0]
+        for n in (6, 8)
+    )
+    assert first["step"] == 6 and again == {"step": 6, "logged": [], "grids": []}
+    assert more["step"] == 8 and [step for step, _ in more["logged"]] == [7, 8]
+
+
+@pytest.mark.slow
+def test_killed_while_saving_it_goes_on_to_the_same_bits(
+    data: TrainData, straight: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    """With the checkpoint of step 15 there, the one of step 30 is never committed and made again."""
+    run = replace(RUN_2, checkpoint_every_steps=15)
+    crash = {"LDM_CRASH_AT": "checkpoint_before_committed"}
+    (tmp_path / "train").mkdir()
+    shorter = settings(max_steps=40)
+    assert [r["step"] for r in two(shorter, data, tmp_path / "train", RUN_2, 15)] == [15, 15]
+    died = processes.run(work, shorter, data, tmp_path / "train", run, world_size=2, env=crash)
+    assert 137 in died
+    torn = tmp_path / "train" / step_name(30)
+    assert checkpoint.problems(torn) == ["COMMITTED is missing"]
+    rest = two(shorter, data, tmp_path / "train", run)
+    assert [r["step"] for r in rest] == [40, 40] and rest[0]["logged"][0][0] == 20
+    assert weights_of(tmp_path / "train", 40) == weights_of(straight[0], 40)
+
+
+def test_settings_that_cannot_be_followed_are_refused_at_once(data: TrainData, tmp_path: Path) -> None:
+    for what, message in (
+        (settings(ema_of="text"), "ema_of is 'text'; there are: unet, all"),
+        (settings(lr_schedule="step"), "lr_schedule is 'step'"),
+        (settings(held_out_shards=1, validation_samples=12), "must be a multiple of training.batch_size, 8"),
+        (settings({"prediction": "eps"}), "zero_terminal_snr"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work(what, data, tmp_path, RUN)
+    assert asdict(settings())["training"]["seed"] == settings().training.seed
