@@ -20,6 +20,7 @@ import json
 import math
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -117,17 +118,11 @@ def save(path: str | Path, state: Mapping[str, Tensor]) -> None:
 # ---- safetensors ------------------------------------------------------------------------------------------
 def _open_safetensors(path: Path) -> WeightFile:
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: _info(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            facts = dict(file.metadata() or {})
+        file = safe_open(path, "pt")  # stays open, for reading
+        tensors = {key: _info(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not whole: {error}") from error
-
-    def read(key: str) -> Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(key)
-
-    return WeightFile(path, SAFETENSORS, tensors, facts, [], read)
+    return WeightFile(path, SAFETENSORS, tensors, dict(file.metadata() or {}), [], file.get_tensor)
 
 
 def _info(view: Any) -> TensorInfo:
@@ -183,7 +178,7 @@ class TensorPlace:
         if min((*self.shape, *self.stride, self.offset), default=0) < 0 or len(self.shape) != len(self.stride):
             return False
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        return 0 in self.shape or last < self.storage.size
+        return 0 in self.shape or (last < self.storage.size and math.prod(self.shape) <= self.storage.size)
 
 
 class Stub:
@@ -265,28 +260,31 @@ def _unpickle(file: BinaryIO, path: Path) -> tuple[Any, TensorUnpickler]:
 
 
 def _open_zip(path: Path) -> WeightFile:
-    with zipfile.ZipFile(path) as archive:
-        entries = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in entries if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"{path} is a zip archive with {len(pickles)} data.pkl; torch writes one")
-        top = pickles[0].removesuffix("data.pkl")
-        order = archive.read(f"{top}byteorder").decode() if f"{top}byteorder" in entries else "little"
-        if order != "little":
-            raise ValueError(f"{path} is {order}-endian; only little-endian files are read")
-        tree, unpickler = _unpickle(io.BytesIO(archive.read(pickles[0])), path)
+    archive = zipfile.ZipFile(path)  # stays open, for reading
+    entries = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"{path} is a zip archive with {len(pickles)} data.pkl; torch writes one")
+    top = pickles[0].removesuffix("data.pkl")
+    if f"{top}byteorder" in entries and _entry(archive, f"{top}byteorder", path) != b"little":
+        raise ValueError(f"{path} is not little-endian; only such files are read")
+    tree, unpickler = _unpickle(io.BytesIO(_entry(archive, pickles[0], path)), path)
 
     def numbers(storage: Storage) -> bytes:
         name, size = f"{top}data/{storage.key}", storage.size * storage.dtype.itemsize
         if name not in entries or entries[name].file_size < size:
             raise ValueError(f"{path} lacks the numbers {name}, {size} bytes")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return archive.read(name)[:size]
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        return _entry(archive, name, path)[:size]
 
     return _weight_file(path, ZIP, tree, unpickler, numbers)
+
+
+def _entry(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    """One entry, compared with its checksum."""
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _open_legacy(path: Path) -> WeightFile:
