@@ -2,135 +2,96 @@
 
 Safe: http and https only, on their own ports; every host, also after a redirect, must resolve to public addresses only,
 and the connection goes to the very address that was checked; a total deadline for all that a URL may cost, a cap on
-its bytes, a few redirects. Polite: an honest user agent, robots.txt, opt-out headers read before the body, a budget for
-each host and process, and retries only where a retry can help. Whatever goes wrong becomes one short word.
+its bytes, a few redirects. Polite: an honest user agent, robots.txt, opt-out headers read before the body, a budget
+for each host and process (not yet for a whole cluster), and retries only where a retry can help. Whatever goes wrong
+becomes one short word.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import socket
+import random
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
-from http.client import HTTPException
 from urllib.parse import quote, urljoin, urlsplit
-from urllib.robotparser import RobotFileParser
 
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, SSLError
-from urllib3.response import BaseHTTPResponse
+from urllib3 import HTTPHeaderDict
 
+from pipelines.addresses import AddressError, public_address
+from pipelines.robots import Robots, parse_robots
 from pipelines.settings import DownloadConfig
+from pipelines.wire import Deadline, FetchError, Target, Wire, bracketed
 
 PORTS = {"http": 80, "https": 443}
-REDIRECTS = (301, 302, 303, 307, 308)
 WORTH_RETRYING = ("http_429", "http_500", "http_502", "http_503", "http_504", "timeout", "connection")
 OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex", "noml", "none")
-CHUNK_BYTES = 1 << 16
+KEPT_BY_QUOTE = "/%:@!$&'()*+,;=~-._"
 ROBOTS_BYTES = 1 << 19
-IDLE_CONNECTIONS = 64
+ROBOTS_SECONDS = 24 * 3600.0  # after which a host is asked again
+HOSTS_KEPT = 10_000  # hosts that a process remembers
 
 
-class FetchError(Exception):
-    """A URL that gives no picture; `reason` is one short word for the ledger."""
-
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.reason, self.retry_after = reason, retry_after
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a URL leads, checked: the address to connect to, and the host to ask for."""
-
-    scheme: str
-    host: str
-    address: str
-    port: int
-    path: str
-
-    @property
-    def origin(self) -> tuple[str, str, str, int]:
-        return self.scheme, self.host, self.address, self.port
-
-
-class Watchdog(threading.Thread):
-    """Shuts the sockets whose deadline has passed, so that a server that drips headers or bytes holds nobody."""
+class Host:
+    """What a process knows of a host."""
 
     def __init__(self) -> None:
-        super().__init__(name="fetch-watchdog", daemon=True)
-        self.deadlines: dict[socket.socket, float] = {}
-        self.lock = threading.Lock()
-        self.start()
-
-    def watch(self, sock: socket.socket, deadline: float) -> None:
-        with self.lock:
-            self.deadlines[sock] = deadline
-
-    def forget(self, sock: socket.socket) -> None:
-        with self.lock:
-            self.deadlines.pop(sock, None)
-
-    def run(self) -> None:
-        while True:
-            time.sleep(0.05)
-            now = time.monotonic()
-            with self.lock:
-                for sock in [sock for sock, deadline in self.deadlines.items() if deadline < now]:
-                    del self.deadlines[sock]
-                    try:
-                        sock.shutdown(socket.SHUT_RDWR)
-                    except OSError:  # already closed by the other side
-                        continue
+        self.asking = threading.Lock()
+        self.robots: dict[str, tuple[Robots, float]] = {}  # scheme -> rules, and until when they hold
+        self.next_free = 0.0  # moment of the next request that the budget allows
 
 
 class Fetcher:
     """Fetches for one process; threads share its connections, its budgets and what it knows of robots.txt."""
 
     def __init__(self, settings: DownloadConfig, connect: str | None) -> None:
-        self.settings, self.connect = settings, connect
-        self.watchdog = Watchdog()
-        self.idle: OrderedDict[tuple[str, str, str, int], list[HTTPConnection]] = OrderedDict()
-        self.robots: dict[tuple[str, str], RobotFileParser] = {}
-        self.next_free: dict[str, float] = {}
+        address, _, port = (connect or "").rpartition(":")
+        if connect is not None and not (address and port.isdigit()):
+            raise ValueError(f"dataset.connect={connect}; expected ADDRESS:PORT, or null")
+        self.settings = settings
+        self.stand_in = (address, int(port)) if connect is not None else None
+        self.wire = Wire(settings.user_agent)
+        self.hosts: OrderedDict[str, Host] = OrderedDict()
         self.lock = threading.Lock()
 
     def fetch(self, url: str) -> bytes:
         """The bytes behind a URL. Raises FetchError with a one-word reason, and nothing else."""
-        tries = self.settings.retries + 1
-        deadline = time.monotonic() + self.settings.deadline_seconds
-        for attempt in range(tries):
+        deadline, tried = Deadline(self.settings.deadline_seconds), 0
+        while True:
             try:
                 return self._follow(url, deadline)
             except FetchError as error:
-                wait = max(error.retry_after, self.settings.backoff_seconds * 2**attempt)
-                late = time.monotonic() + wait > deadline
-                if error.reason not in WORTH_RETRYING or attempt + 1 == tries or late:
+                backoff = self.settings.backoff_seconds * 2**tried * random.uniform(1, 1.5)
+                wait = max(error.retry_after, backoff)
+                if error.reason not in WORTH_RETRYING or tried == self.settings.retries or wait >= deadline.left():
                     raise
-                time.sleep(wait)
-        raise AssertionError("unreachable: the last try returns or raises")
+            time.sleep(wait)
+            tried += 1
 
-    def _follow(self, url: str, deadline: float) -> bytes:
+    def close(self) -> None:
+        """Closes the connections that are kept for the next URL."""
+        self.wire.close()
+
+    def _follow(self, url: str, deadline: Deadline) -> bytes:
         for _ in range(self.settings.max_redirects + 1):
-            target = self._resolve(url)
-            if self.settings.respect_robots and not self._allowed(url, target, deadline):
+            target = self._resolve(url, deadline)
+            if self.settings.respect_robots and not self._robots(target, deadline).allows(target.path):
                 raise FetchError("robots")
-            self._await_budget(target.host)
-            location, body = self._get(target, deadline, self.settings.max_bytes)
-            if location is None:
-                return body
-            url = urljoin(url, location)
+            deadline.at += self._await_budget(target.host)
+            answer = self.wire.get(target, deadline, self.settings.max_bytes, check=self._refuse_opt_out)
+            if answer.location is None:
+                return answer.body
+            url = _join(url, answer.location)
         raise FetchError("redirect_loop")
 
     # -- where to -----------------------------------------------------------------------------------------------------
-    def _resolve(self, url: str) -> Target:
+    def _resolve(self, url: str, deadline: Deadline) -> Target:
         """Checks a URL and finds the one address that it may be fetched from."""
         try:
             parts = urlsplit(url.strip())
             host, port = (parts.hostname or "").rstrip("."), parts.port
             host = host.encode("idna").decode()
+            path = quote(parts.path or "/", safe=KEPT_BY_QUOTE)
+            path += "?" + quote(parts.query, safe=KEPT_BY_QUOTE + "?") if parts.query else ""
         except (ValueError, UnicodeError) as error:
             raise FetchError("bad_url") from error
         if parts.scheme not in PORTS:
@@ -139,160 +100,79 @@ class Fetcher:
             raise FetchError("bad_url")
         if port not in (None, PORTS[parts.scheme]):
             raise FetchError("port")
-        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-        if parts.query:
-            path += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
-        if self.connect is not None and host.endswith(".test"):
-            address, _, mapped = self.connect.rpartition(":")
-            return Target(parts.scheme, host, address, int(mapped), path)
-        return Target(parts.scheme, host, public_address(host), PORTS[parts.scheme], path)
-
-    def _allowed(self, url: str, target: Target, deadline: float) -> bool:
-        """What robots.txt says. A host without one allows everything; one that cannot say forbids everything."""
-        key = (target.scheme, target.host)
-        if key not in self.robots:
-            parser = RobotFileParser()
-            file = Target(target.scheme, target.host, target.address, target.port, "/robots.txt")
-            try:
-                location, body = self._get(file, deadline, ROBOTS_BYTES)
-                parser.parse([] if location else body.decode("utf-8", "replace").splitlines())
-            except FetchError as error:
-                if not error.reason.startswith("http_4"):
-                    raise
-                parser.parse([])
-            self.robots[key] = parser
-        return self.robots[key].can_fetch(self.settings.user_agent, url)
-
-    def _await_budget(self, host: str) -> None:
-        """Keeps this process to so many requests a second for each host; waiting does not count towards a deadline."""
-        if self.settings.requests_per_second is None:
-            return
-        with self.lock:
-            now = time.monotonic()
-            at = max(now, self.next_free.get(host, 0.0))
-            self.next_free[host] = at + 1 / self.settings.requests_per_second
-        time.sleep(at - now)
-
-    # -- the wire -----------------------------------------------------------------------------------------------------
-    def _get(self, target: Target, deadline: float, max_bytes: int) -> tuple[str | None, bytes]:
-        """(where a redirect leads or None, body). An idle connection that turns out dead is replaced once."""
-        connection = self._take_idle(target)
-        if connection is not None:
-            try:
-                return self._exchange(connection, target, deadline, max_bytes)
-            except FetchError as error:
-                if error.reason != "connection":
-                    raise
-        return self._exchange(self._open(target, deadline), target, deadline, max_bytes)
-
-    def _open(self, target: Target, deadline: float) -> HTTPConnection:
-        left = max(deadline - time.monotonic(), 0.001)
-        if target.scheme == "https":
-            return HTTPSConnection(target.address, target.port, timeout=left, server_hostname=target.host,
-                                   assert_hostname=target.host)
-        return HTTPConnection(target.address, target.port, timeout=left)
-
-    def _exchange(
-        self, connection: HTTPConnection, target: Target, deadline: float, max_bytes: int
-    ) -> tuple[str | None, bytes]:
+        if self.stand_in is not None and host.endswith(".test"):
+            return Target(parts.scheme, host, *self.stand_in, path)
         try:
-            connection.timeout = max(deadline - time.monotonic(), 0.001)
-            if connection.sock is None:
-                connection.connect()
-            assert connection.sock is not None
-            self.watchdog.watch(connection.sock, deadline)
-            headers = {"Host": target.host, "User-Agent": self.settings.user_agent, "Accept-Encoding": "identity"}
-            connection.request("GET", target.path, headers=headers, preload_content=False, decode_content=False)
-            response = connection.getresponse()
-            self._check_headers(response, max_bytes)
-            location = response.headers.get("Location") if response.status in REDIRECTS else None
-            body = _read(response, max_bytes, deadline)
-            self._keep(connection, target, response)
-            return location, body
-        except FetchError:
-            self._close(connection)
-            raise
-        except (OSError, HTTPError, HTTPException, ValueError) as error:
-            self._close(connection)
-            if time.monotonic() >= deadline or isinstance(error, TimeoutError):
-                raise FetchError("timeout") from error
-            raise FetchError("tls" if isinstance(error, SSLError) else "connection") from error
+            return Target(parts.scheme, host, public_address(host, deadline.left()), PORTS[parts.scheme], path)
+        except AddressError as error:
+            raise FetchError(error.reason) from error
 
-    def _check_headers(self, response: BaseHTTPResponse, max_bytes: int) -> None:
-        """Leaves before the body where the answer is an error, an opt-out, or too large."""
-        if response.status in REDIRECTS:
-            return
-        if response.status != 200:
-            after = response.headers.get("Retry-After", "")
-            raise FetchError(f"http_{response.status}", float(after) if after.isdigit() else 0.0)
-        directives = response.headers.get("X-Robots-Tag", "").lower().replace(":", ",").split(",")
-        if self.settings.respect_robots and {word.strip() for word in directives} & set(OPT_OUT):
+    # -- manners ------------------------------------------------------------------------------------------------------
+    def _host(self, name: str) -> Host:
+        with self.lock:
+            host = self.hosts.setdefault(name, Host())
+            self.hosts.move_to_end(name)
+            if len(self.hosts) > HOSTS_KEPT:
+                self.hosts.popitem(last=False)
+            return host
+
+    def _robots(self, target: Target, deadline: Deadline) -> Robots:
+        """What robots.txt allows; one thread asks, the others of the host wait for its answer."""
+        host = self._host(target.host)
+        if not host.asking.acquire(timeout=deadline.left()):
+            raise FetchError("timeout")
+        try:
+            rules, until = host.robots.get(target.scheme, (Robots(), 0.0))
+            if time.monotonic() >= until:
+                rules = parse_robots(self._robots_text(target, deadline), self.settings.user_agent)
+                host.robots[target.scheme] = rules, time.monotonic() + ROBOTS_SECONDS
+            return rules
+        finally:
+            host.asking.release()
+
+    def _robots_text(self, target: Target, deadline: Deadline) -> str:
+        """A host without robots.txt allows everything (4xx); one that cannot say forbids everything (it raises)."""
+        url = f"{target.scheme}://{bracketed(target.host)}/robots.txt"
+        for _ in range(self.settings.max_redirects + 1):
+            at = self._resolve(url, deadline)
+            deadline.at += self._await_budget(at.host)
+            try:
+                answer = self.wire.get(at, deadline, ROBOTS_BYTES, cut=True)
+            except FetchError as error:
+                if error.reason.startswith("http_4") and error.reason != "http_429":
+                    return ""
+                raise
+            if answer.location is None:
+                return answer.body.decode("utf-8", "replace")
+            url = _join(url, answer.location)
+        return ""  # RFC 9309: after enough redirects there is none
+
+    def _await_budget(self, name: str) -> float:
+        """Keeps this process to so many requests a second for each host. Returns the seconds that were waited."""
+        if self.settings.requests_per_second is None:
+            return 0.0
+        host, now = self._host(name), time.monotonic()
+        with self.lock:
+            at = max(now, host.next_free)
+            host.next_free = at + 1 / self.settings.requests_per_second
+        time.sleep(at - now)
+        return at - now
+
+    def _refuse_opt_out(self, headers: HTTPHeaderDict) -> None:
+        """X-Robots-Tag, for whichever robot it is meant, and the W3C group's TDM-Reservation."""
+        directives = headers.get("X-Robots-Tag", "").lower().replace(":", ",").split(",")
+        reserved = headers.get("TDM-Reservation", "").strip() == "1"
+        if self.settings.respect_robots and (reserved or {word.strip() for word in directives} & set(OPT_OUT)):
             raise FetchError("opt_out")
-        length = response.headers.get("Content-Length", "")
-        if length.isdigit() and int(length) > max_bytes:
-            raise FetchError("too_large")
-
-    def _take_idle(self, target: Target) -> HTTPConnection | None:
-        with self.lock:
-            idle = self.idle.get(target.origin)
-            return idle.pop() if idle else None
-
-    def _keep(self, connection: HTTPConnection, target: Target, response: BaseHTTPResponse) -> None:
-        """Keeps a connection for the next URL of its host, unless the server closes it or there are too many."""
-        if connection.sock is not None:
-            self.watchdog.forget(connection.sock)
-        if response.headers.get("Connection", "").lower() == "close" or connection.sock is None:
-            self._close(connection)
-            return
-        with self.lock:
-            self.idle.setdefault(target.origin, []).append(connection)
-            self.idle.move_to_end(target.origin)
-            dropped = self.idle.popitem(last=False)[1] if len(self.idle) > IDLE_CONNECTIONS else []
-        for old in dropped:
-            old.close()
-
-    def _close(self, connection: HTTPConnection) -> None:
-        if connection.sock is not None:
-            self.watchdog.forget(connection.sock)
-        connection.close()
 
 
-def _read(response: BaseHTTPResponse, max_bytes: int, deadline: float) -> bytes:
-    """The body, chunk by chunk as it comes, so that neither a drip nor a flood goes unnoticed."""
-    parts, size = [], 0
-    while chunk := response.read1(CHUNK_BYTES):
-        parts.append(chunk)
-        size += len(chunk)
-        if size > max_bytes:
-            raise FetchError("too_large")
-    # What the watchdog cut off can look like an answer that ended: nothing that comes after the deadline counts.
-    if time.monotonic() > deadline:
-        raise FetchError("timeout")
-    length = response.headers.get("Content-Length", "")
-    if length.isdigit() and size != int(length):
-        raise FetchError("connection")
-    return b"".join(parts)
-
-
-def public_address(host: str) -> str:
-    """One address of a host, all of whose addresses are public. Raises FetchError("dns") or ("blocked_address")."""
+def _join(url: str, location: str) -> str:
+    """Where a redirect leads. Many servers send raw UTF-8, which HTTP libraries read as Latin-1."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise FetchError("dns") from error
-    addresses = [str(info[4][0]) for info in found]
-    if not addresses or not all(is_public(address) for address in addresses):
-        raise FetchError("blocked_address")
-    return addresses[0]
-
-
-def is_public(address: str) -> bool:
-    """Whether an address belongs to the open internet, also when it hides an IPv4 address inside an IPv6 one."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+        location = location.encode("latin-1").decode()
+    except UnicodeError:
+        pass  # it was Latin-1, or escaped as it should be
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError("bad_url") from error

@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 from ldm.images import ImageError, decode_rgb, encode_jpeg, resize_shorter
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
-from pipelines.fetch import Fetcher, FetchError
+from pipelines.fetch import Fetcher
 from pipelines.manifest import Record, shard_name
 from pipelines.settings import DownloadConfig
+from pipelines.wire import FetchError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home when img2dataset imports it
 SHARD_DIGITS = 6

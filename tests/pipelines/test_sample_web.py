@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from PIL import Image
 
 from ldm.images import ImageError, decode_rgb, encode_jpeg, resize_shorter
 from pipelines.config import CONF, DatasetConfig, build
-from pipelines.fetch import Fetcher, FetchError
+from pipelines.fetch import Fetcher
 from pipelines.sample_pictures import FORMATS, SUBJECTS, Picture, by_hexcode, encode
 from pipelines.sample_plan import FATE, KINDS, SHY_HOST, Kind, Row, counts, plan
 from pipelines.sample_server import INWARD
 from pipelines.sample_web import ROOT, expected_funnel, serving, write_metadata
 from pipelines.settings import SampleWebConfig
+from pipelines.wire import FetchError
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 DATASET = build(DatasetConfig, yaml.safe_load((CONF / "dataset/openmoji.yaml").read_text()))
@@ -98,6 +100,7 @@ def test_the_same_settings_give_the_same_bytes_also_in_another_process(tmp_path:
     code = f"""from pathlib import Path
 from pipelines.sample_web import write_metadata
 from pipelines.settings import SampleWebConfig
+from pipelines.wire import FetchError
 write_metadata({SMALL!r}, Path({str(tmp_path / "b.parquet")!r}))"""
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
@@ -322,8 +325,8 @@ ASKED = [kind for kind in KINDS if kind.stage != "filter_metadata"]
 
 @pytest.mark.parametrize("kind", ASKED, ids=lambda kind: kind.name)
 def test_the_fetcher_gives_each_kind_its_reason(address: str, kind: Kind) -> None:
-    fetcher = Fetcher(replace(DATASET.download, retries=0), address)
-    assert fate(fetcher, row_of(kind.name)) == ("" if kind.stage == "selection" else kind.reason)
+    with closing(Fetcher(replace(DATASET.download, retries=0), address)) as fetcher:
+        assert fate(fetcher, row_of(kind.name)) == ("" if kind.stage == "selection" else kind.reason)
 
 
 # -- beginning and end ------------------------------------------------------------------------------------------------
