@@ -68,9 +68,7 @@ def render(drawing: Drawing, size: int) -> np.ndarray:
     with Image.open(io.BytesIO(png)) as picture:
         image = np.array(picture.convert("RGBA"))
     if image.shape != (size, size, 4):
-        raise ValueError(
-            f"{drawing.svg.name} came out as {image.shape}, expected {(size, size, 4)}: it is not square"
-        )
+        raise ValueError(f"{drawing.svg.name} came out as {image.shape}, expected {(size, size, 4)}: it is not square")
     return image
 
 

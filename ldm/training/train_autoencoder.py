@@ -98,8 +98,8 @@ def split_pictures(images: np.ndarray, captions: list[str], training: Autoencode
     Captions equal but for what `same_picture` matches (skin tones) stand for one motif: it is held out as a whole,
     and a motif of which one picture is within `near_duplicate_bits` of a held-out one is dropped as a whole.
     """
-    motifs = [re.sub(training.same_picture, "", caption) for caption in captions]
-    held_out = np.array([_share(motif) < training.held_out_share for motif in motifs], bool)
+    motifs = [motif_of(caption, training) for caption in captions]
+    held_out = np.array([is_held_out(caption, training) for caption in captions], bool)
     if not held_out.any() or held_out.all():
         raise ValueError(
             f"{held_out.sum()} of {len(captions)} pictures are held out; expected some and not all: "
@@ -110,6 +110,17 @@ def split_pictures(images: np.ndarray, captions: list[str], training: Autoencode
     near_motifs = {motifs[row] for row in np.flatnonzero(distance <= training.near_duplicate_bits)}
     near = np.array([motif in near_motifs for motif in motifs], bool) & ~held_out
     return Split(np.flatnonzero(~held_out & ~near), np.flatnonzero(held_out), np.flatnonzero(near))
+
+
+def motif_of(caption: str, training: AutoencoderTrainingConfig) -> str:
+    """What a caption names, whatever `same_picture` says may vary."""
+    return re.sub(training.same_picture, "", caption)
+
+
+def is_held_out(caption: str, training: AutoencoderTrainingConfig) -> bool:
+    """Whether a picture is held out: its motif's hash decides, whatever other pictures there are."""
+    hashed = hashlib.sha256(motif_of(caption, training).encode()).digest()
+    return int.from_bytes(hashed[:8], "big") / 2**64 < training.held_out_share
 
 
 def perceptual_hash(images: np.ndarray) -> np.ndarray:
@@ -282,10 +293,6 @@ def _decay(step: int, training: AutoencoderTrainingConfig) -> float:
 
 def _seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def _share(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _averaged(network: AutoencoderConfig, model: TinyAutoencoder, average: list[Tensor]) -> TinyAutoencoder:
