@@ -15,16 +15,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", *(["AVIF"] if features.check("avif") else []))
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
 WHITE = (255, 255, 255)
 EXIF_ORIENTATION = 0x0112
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error)
+BROKEN = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, RuntimeError, struct.error,
+)  # fmt: skip
 
 # What undoes each EXIF orientation; 1 is upright, anything else is no orientation.
 UPRIGHT = {
@@ -48,7 +50,7 @@ class ImageError(ValueError):
 
 # -- bytes -> pixels --------------------------------------------------------------------------------------------------
 def decode_rgb(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels: int = 89_000_000) -> np.ndarray:
-    """The first frame of a JPEG, PNG, WebP or GIF as (h, w, 3) uint8: sRGB, upright, laid over the background.
+    """The first frame of a JPEG, PNG, WebP, GIF or AVIF as (h, w, 3) uint8: sRGB, upright, laid over the background.
 
     Raises ImageError, and nothing else, for bytes that are no whole picture. The size is read from the header and
     refused before anything is decoded.
@@ -73,11 +75,23 @@ def decode_rgb(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pix
 
 def _why_broken(data: bytes, error: Exception) -> str:
     webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    if webp and int.from_bytes(data[4:8], "little") + 8 > len(data):
+    avif = data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis")
+    if (webp and int.from_bytes(data[4:8], "little") + 8 > len(data)) or (avif and _ends_inside_a_box(data)):
         return "truncated"
     if isinstance(error, UnidentifiedImageError):
-        return "broken" if webp or data.startswith(MAGIC) else "not_an_image"
+        return "broken" if webp or avif or data.startswith(MAGIC) else "not_an_image"
     return "truncated" if "truncated" in str(error).lower() else "broken"
+
+
+def _ends_inside_a_box(data: bytes) -> bool:
+    """Whether a file of the ISO base media format (AVIF) ends before its last box does."""
+    at = 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size < 8:  # to the end of the file, or a size that no picture needs
+            return False
+        at += size
+    return at != len(data)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -96,9 +110,9 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("CMYK", "L") and "transparency" not in picture.info:
         return _apply_profile(picture, profile) or picture.convert("RGB")
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        colour = picture.convert("RGB")
-        colour = _apply_profile(colour, profile) or colour
+        picture = picture.convert("LA" if picture.mode in ("L", "LA") else "RGBA")
+        colour = picture.convert("L" if picture.mode == "LA" else "RGB")  # the mode that a profile speaks of
+        colour = _apply_profile(colour, profile) or colour.convert("RGB")
         colour.putalpha(picture.getchannel("A"))
         return colour
     picture = picture.convert("RGB")

@@ -75,6 +75,25 @@ def test_every_exif_orientation_comes_out_upright(orientation: int, format: str)
     assert np.array_equal(decode_rgb(data), upright)
 
 
+AVIF = pytest.mark.skipif("AVIF" not in images.FORMATS, reason="this Pillow reads no AVIF")
+
+
+def quadrants(height: int, width: int) -> np.ndarray:
+    """Four plain colours, which lossy formats keep."""
+    colours = np.array([[[220, 30, 30], [30, 200, 40]], [[40, 60, 210], [240, 220, 60]]], np.uint8)
+    return colours.repeat(height // 2, 0).repeat(width // 2, 1)
+
+
+@AVIF
+@pytest.mark.parametrize("orientation", STORED)
+def test_avif_comes_out_upright(orientation: int) -> None:
+    upright, exif = quadrants(32, 48), Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    pixels = decode_rgb(save(stored, "AVIF", quality=95, subsampling="4:4:4", exif=exif))
+    assert pixels.shape == upright.shape and np.abs(pixels.astype(int) - upright).mean() < 4
+
+
 def test_without_the_table_of_orientations_the_same_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "UPRIGHT", {})
     with pytest.raises(AssertionError):
@@ -192,6 +211,27 @@ def test_a_profile_leaves_alpha_alone() -> None:
     assert out[0, 0, 1] > 200 and out[0, 1].tolist() == [1, 2, 3]
 
 
+def test_a_profile_of_grey_holds_also_beside_alpha() -> None:
+    grey, alpha = Image.new("L", (2, 1), 128), Image.fromarray(np.array([[255, 0]], np.uint8))
+    profile = _linear_grey()
+    expected = decode_rgb(save(grey, icc_profile=profile))[0, 0]
+    assert expected.tolist() == [188] * 3, "half of the light is level 188 in sRGB"
+    both = decode_rgb(save(Image.merge("LA", (grey, alpha)), icc_profile=profile))
+    assert both[0].tolist() == [expected.tolist(), [255] * 3]
+
+
+def _linear_grey() -> bytes:
+    """A grey profile with a linear curve, by hand (ICC.1:2004): header, table of tags, white point and curve."""
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)  # D50 in 16.16
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    tags = [(b"wtpt", 156, white), (b"kTRC", 176, curve)]
+    table = struct.pack(">I", 2) + b"".join(name + struct.pack(">II", at, len(body)) for name, at, body in tags)
+    body = table + white + curve
+    header = struct.pack(">I4sI4s4s4s12s4s", 128 + len(body), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ", bytes(12),
+                         b"acsp") + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + body
+
+
 def _green_is_red() -> bytes:
     """An sRGB profile with the colorants of red and green exchanged: the names in its table of tags."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -199,7 +239,7 @@ def _green_is_red() -> bytes:
 
 
 # -- what is no picture -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", pytest.param("AVIF", marks=AVIF)])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_a_picture_that_ends_early_is_refused(format: str, share: float) -> None:
     data = save(Image.fromarray(noise(64, 64)), format)
@@ -238,7 +278,7 @@ def test_too_many_pixels_are_refused_from_the_header(side: int) -> None:
 
 def test_random_damage_gives_a_picture_or_an_image_error() -> None:
     rng = np.random.default_rng(SEED)
-    for format in ("JPEG", "PNG", "WEBP", "GIF"):
+    for format in images.FORMATS:
         whole = np.frombuffer(save(Image.fromarray(noise(24, 24)), format), np.uint8)
         for _ in range(60):
             data = whole.copy()
