@@ -48,7 +48,7 @@ KINDS = (
     Kind("watermark", "filter_metadata", "pwatermark", 100),
     Kind("short_caption", "filter_metadata", "short_caption", 24),
     Kind("same_url", "filter_metadata", "duplicate_url", 26),
-    Kind("same_url_and_caption", "filter_metadata", "duplicate_url", 18),
+    Kind("same_url_and_caption", "filter_metadata", "duplicate_url_caption", 18),
     Kind("missing", "download", "http_404", 48),
     Kind("gone", "download", "http_410", 8),
     Kind("failing", "download", "http_500", 8),

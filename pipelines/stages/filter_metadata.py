@@ -3,8 +3,11 @@
 Parquet files in the order of their names, rows in the order of the files. Every dropped row has one reason, the first
 of:
 
-    no_url, no_caption, too_small, extreme_shape, <score> (outside dataset.filter_metadata.bounds, or missing),
-    short_caption, duplicate_url (the first row with a URL stays)
+    no_url, no_caption, too_small (or of unknown size), extreme_shape, <score> (outside of
+    dataset.filter_metadata.bounds, or missing), short_caption, duplicate_url_caption, duplicate_url
+
+Of rows with the same URL and caption, and then of rows with the same URL, the first one stays; a duplicate of a row
+that was dropped is none.
 
 -> filter_metadata/000042.parquet {key, url, caption, width, height, scores}. DuckDB does the work out of core.
 """
@@ -28,6 +31,7 @@ from pipelines.settings import FilterMetadataConfig, SourceConfig
 
 NEEDED = ("url", "caption")
 SHAPE = ("width", "height")
+DUPLICATES = {"duplicate_url_caption": "url, caption", "duplicate_url": "url"}  # reason -> what is equal, in order
 
 
 def sample_key(shard: int, row: int, shard_samples: int) -> str:
@@ -68,7 +72,7 @@ def reason_sql(settings: FilterMetadataConfig, columns: dict[str, str]) -> str:
     """A CASE expression: the first reason to drop a row, or ''."""
     rules = [("no_url", "coalesce(trim(url), '') = ''"), ("no_caption", "coalesce(trim(caption), '') = ''")]
     if all(name in columns for name in SHAPE):
-        unknown = "width IS NULL OR height IS NULL"
+        unknown = " OR ".join(f"{side} IS NULL OR isnan({side}::DOUBLE)" for side in SHAPE)
         rules.append(("too_small", f"{unknown} OR least(width, height) < {settings.min_size}"))
         rules.append(("extreme_shape", f"greatest(width, height) > {settings.max_aspect} * least(width, height)"))
     for score, (low, high) in settings.bounds.items():
@@ -110,11 +114,13 @@ def _judge(database: Any, files: list[str], source: SourceConfig, settings: Filt
             f"FROM (SELECT {names}, file_row_number FROM read_parquet(?, file_row_number = true))",
             [file],
         )
-    database.execute(
-        "UPDATE rows SET reason = 'duplicate_url' FROM (SELECT url, min((file, row)) AS first FROM rows "
-        "WHERE reason = '' GROUP BY url HAVING count(*) > 1) AS twice "
-        "WHERE rows.reason = '' AND rows.url = twice.url AND (rows.file, rows.row) <> twice.first"
-    )
+    for reason, equal in DUPLICATES.items():
+        same = " AND ".join(f"rows.{column} = twice.{column}" for column in equal.split(", "))
+        database.execute(
+            f"UPDATE rows SET reason = '{reason}' FROM (SELECT {equal}, min((file, row)) AS first FROM rows "
+            f"WHERE reason = '' GROUP BY {equal} HAVING count(*) > 1) AS twice "
+            f"WHERE rows.reason = '' AND {same} AND (rows.file, rows.row) <> twice.first"
+        )
 
 
 def _shards(database: Any, shard_samples: int) -> Iterator[pa.Table]:

@@ -110,7 +110,7 @@ write_metadata({SMALL!r}, Path({str(tmp_path / "b.parquet")!r}))"""
     assert not list(tmp_path.glob(".*"))
 
 
-def broken_rules(row: Row, seen: set[str | None]) -> set[str]:
+def broken_rules(row: Row, seen: set[tuple[str | None, str | None]]) -> set[str]:
     """Which of the default's rules a row of the metadata breaks, written down once more for this test."""
     rules, bounds = DATASET.filter_metadata, DATASET.filter_metadata.bounds
     broken = {
@@ -122,21 +122,22 @@ def broken_rules(row: Row, seen: set[str | None]) -> set[str]:
         "punsafe": row.punsafe > bounds["punsafe"][1],  # type: ignore[operator]
         "pwatermark": row.pwatermark > bounds["pwatermark"][1],  # type: ignore[operator]
         "short_caption": bool(row.caption) and len(row.caption.strip()) < rules.min_caption_chars,  # type: ignore
-        "duplicate_url": bool(row.url) and row.url in seen,
+        "duplicate_url_caption": (row.url, row.caption) in seen,
+        "duplicate_url": bool(row.url) and row.url in {url for url, _ in seen},
     }
     return {name for name, yes in broken.items() if yes}
 
 
 def test_a_row_breaks_the_rule_of_its_kind_and_no_other_that_comes_before() -> None:
     assert DATASET.sample_web is not None
-    seen: set[str | None] = set()
+    seen: set[tuple[str | None, str | None]] = set()
     order = ["no_url", "no_caption", "too_small", "extreme_shape", "similarity", "punsafe", "pwatermark",
-             "short_caption", "duplicate_url"]  # fmt: skip
+             "short_caption", "duplicate_url_caption", "duplicate_url"]  # fmt: skip
     for row in plan(replace(DATASET.sample_web, seed=SEED)):
         stage, reason = FATE[row.kind]
         first = next((name for name in order if name in broken_rules(row, seen)), "")
         assert first == (reason if stage == "filter_metadata" else ""), row
-        seen |= {row.url} if not first else set()
+        seen |= {(row.url, row.caption)} if not first else set()
 
 
 @pytest.mark.parametrize("section, key, value", [

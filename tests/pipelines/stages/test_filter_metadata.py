@@ -45,13 +45,13 @@ def test_every_dropped_row_has_one_reason_the_first_that_holds(tmp_path: Path) -
         row(0), row(1, URL=None), row(2, URL="  ", TEXT=None), row(3, TEXT=""), row(4, WIDTH=99, similarity=None),
         row(5, HEIGHT=None), row(6, WIDTH=301), row(7, similarity=0.1), row(8, similarity=6016.0),
         row(9, similarity=float("nan")), row(10, similarity=None), row(11, TEXT="four"), row(12, URL="http://a.test/0"),
-        row(13),
+        row(13), row(14, WIDTH=float("nan"), HEIGHT=float("nan")), row(0),
     ]  # fmt: skip
     job = make_job(tmp_path, [rows])
     assert filter_metadata.run(job) == {
-        "rows": 14, "samples": 2,
-        "dropped": {"duplicate_url": 1, "extreme_shape": 1, "no_caption": 1, "no_url": 2, "short_caption": 1,
-                    "similarity": 4, "too_small": 2},
+        "rows": 16, "samples": 2,
+        "dropped": {"duplicate_url": 1, "duplicate_url_caption": 1, "extreme_shape": 1, "no_caption": 1, "no_url": 2,
+                    "short_caption": 1, "similarity": 4, "too_small": 3},
     }  # fmt: skip
     assert [(r["key"], r["url"]) for r in read(job)] == [("0000000", "http://a.test/0"), ("0000001", "http://a.test/13")]
 
@@ -65,8 +65,9 @@ def test_rows_keep_their_order_across_files_and_shards(tmp_path: Path) -> None:
 
 
 def test_of_duplicates_across_files_the_first_stays(tmp_path: Path) -> None:
-    job = make_job(tmp_path, [[row(0), row(1)], [row(1, TEXT="another caption"), row(2)]])
-    assert filter_metadata.run(job)["dropped"] == {"duplicate_url": 1}
+    other = row(1, TEXT="another caption")
+    job = make_job(tmp_path, [[row(0), row(1)], [other, row(2)], [row(1), other, row(0)]])
+    assert filter_metadata.run(job)["dropped"] == {"duplicate_url": 1, "duplicate_url_caption": 3}
     assert [r["caption"] for r in read(job)] == ["caption 0", "caption 1", "caption 2"]
 
 
