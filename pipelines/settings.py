@@ -39,14 +39,15 @@ class FilterMetadataConfig:
 @dataclass(frozen=True)
 class DownloadConfig:
     image_size: int  # pixels of the shorter side; larger pictures are made smaller, smaller ones stay
-    encode_quality: int  # JPEG quality of what is stored
+    encode_format: str  # of what is stored: jpg, or png, which is exact and several times larger
+    encode_quality: int  # of jpg, 1 to 95
     max_pixels: int  # of a picture before decoding
     max_bytes: int  # of a body
     deadline_seconds: float  # for all that one URL may cost, retries and redirects included
     retries: int
     backoff_seconds: float  # before the first retry; doubles
     max_redirects: int
-    threads: int  # requests under way for one shard
+    threads: int  # requests under way for one shard; hosts that answer slowly want many
     user_agent: str
     respect_robots: bool  # robots.txt and opt-out headers
     requests_per_second: float | None  # for each host and process; null is no budget

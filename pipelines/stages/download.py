@@ -1,41 +1,51 @@
 """Fetches the pictures of a shard with img2dataset, through its three seams, and believes nothing that it says.
 
-filter_metadata/000042.parquet -> download/000042.tar {key.jpg, key.txt, key.json} and download/000042.parquet, the
+filter_metadata/000042.parquet -> download/000042.tar {key.jpg, key.json, key.txt} and download/000042.parquet, the
 ledger: every row with its status and, where there is no picture, one word that says why.
 
 The seams: our fetcher in place of its own (safe and polite, pipelines/fetch.py), our resizer (right pixels,
 ldm/images.py), our writer (key order, fixed headers). img2dataset counts a picture as a success before it is written
-and swallows errors while writing, so members, ledger and rows are counted against each other before the commit.
+and swallows errors while writing, so members, ledger, rows and its own claim are counted against each other before the
+commit. A shard's samples are held in memory until it is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
 import os
+import sys
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from PIL import __version__ as pillow_version
 
-from ldm.images import ImageError, decode_rgb, encode_jpeg, resize_shorter
+from ldm.images import ImageError, decode_rgb, encode_jpeg, encode_png, resize_shorter
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
 from pipelines.fetch import Fetcher
-from pipelines.manifest import Record, shard_name
+from pipelines.manifest import Record, read_json, shard_name
 from pipelines.settings import DownloadConfig
 from pipelines.wire import FetchError
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home when img2dataset imports it
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home if anything imported it
+ENCODERS = {"jpg": lambda rgb, quality: encode_jpeg(rgb, quality), "png": lambda rgb, quality: encode_png(rgb)}
 SHARD_DIGITS = 6
+SIZES = ("width", "height", "original_width", "original_height")
 SCHEMA = pa.schema([
-    ("key", pa.string()), ("url", pa.string()), ("status", pa.string()), ("reason", pa.string()),
-    ("width", pa.int32()), ("height", pa.int32()), ("original_width", pa.int32()), ("original_height", pa.int32()),
+    *((name, pa.string()) for name in ("key", "url", "status", "reason")), *((name, pa.int32()) for name in SIZES),
 ])  # fmt: skip
 
 
@@ -43,6 +53,11 @@ class YieldError(RuntimeError):
     """So few pictures arrive that something must be broken."""
 
 
+class CanaryError(RuntimeError):
+    """The picture libraries of a worker do not do what they should."""
+
+
+# -- the seams --------------------------------------------------------------------------------------------------------
 class SortedWriter:
     """img2dataset's writer seam: keeps a shard's samples and writes them in key order when it is closed."""
 
@@ -50,25 +65,23 @@ class SortedWriter:
         self, shard_id: int, output_folder: str, save_caption: bool, oom_shard_count: int, schema: Any,
         encode_format: str,
     ) -> None:  # fmt: skip
-        self.base = Path(output_folder) / shard_name(shard_id)
+        self.base, self.suffix = Path(output_folder) / shard_name(shard_id), encode_format
         self.rows: dict[str, tuple[bytes | None, str, dict[str, Any]]] = {}
 
     def write(self, picture: bytes | None, key: str, caption: str, meta: dict[str, Any]) -> None:
         self.rows[key] = (picture, caption, meta)
 
     def close(self) -> None:
-        import tarfile
-
         ledger = []
         with tarfile.open(self.base.with_suffix(".tar"), "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, (picture, caption, meta) in sorted(self.rows.items()):
                 reason = "" if picture is not None else str(meta["error_message"])
-                sizes = {name: meta[name] for name in ("width", "height", "original_width", "original_height")}
+                sizes = {name: meta[name] for name in SIZES}
                 ledger.append({"key": key, "url": meta["url"], "status": meta["status"], "reason": reason, **sizes})
                 if picture is not None:
                     note = json.dumps({"url": meta["url"], **sizes}, sort_keys=True, ensure_ascii=False)
-                    for suffix, data in (("jpg", picture), ("json", note.encode()), ("txt", caption.encode())):
-                        member = tarfile.TarInfo(f"{key}.{suffix}")
+                    for suffix, data in ((self.suffix, picture), ("json", note.encode()), ("txt", caption.encode())):
+                        member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode are the same for all
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
         table = pa.Table.from_pylist(ledger, schema=SCHEMA)
@@ -76,10 +89,13 @@ class SortedWriter:
 
 
 class PixelResizer:
-    """img2dataset's resizer seam: decodes with ldm.images, makes large pictures smaller, stores JPEG."""
+    """img2dataset's resizer seam: decodes with ldm.images, makes large pictures smaller, stores JPEG or PNG."""
 
     def __init__(self, settings: DownloadConfig) -> None:
-        self.settings = settings
+        if settings.encode_format not in ENCODERS:
+            expected = " or ".join(ENCODERS)
+            raise ValueError(f"dataset.download.encode_format={settings.encode_format}; expected {expected}")
+        self.settings, self.encode = settings, ENCODERS[settings.encode_format]
 
     def __call__(self, stream: io.BytesIO, bounding_boxes: Any = None) -> tuple[Any, ...]:
         """(bytes or None, width, height, original width, original height, reason or None)."""
@@ -89,14 +105,34 @@ class PixelResizer:
             return None, None, None, None, None, error.reason
         small = resize_shorter(rgb, self.settings.image_size)
         (height, width), (original_height, original_width) = small.shape[:2], rgb.shape[:2]
-        data = encode_jpeg(small, self.settings.encode_quality)
-        return data, width, height, original_width, original_height, None
+        return self.encode(small, self.settings.encode_quality), width, height, original_width, original_height, None
+
+
+@cache
+def fetcher_of_process(settings: DownloadConfig, connect: str | None) -> Fetcher:
+    """One for all shards of a process, so that budgets, robots.txt and connections outlast a shard."""
+    return Fetcher(settings, connect)
+
+
+def load_downloader() -> Any:
+    """The module img2dataset.downloader, without its package.
+
+    The package would load torch, albumentations and a command line: five seconds and 600 MB in every worker.
+    """
+    if "img2dataset" not in sys.modules:
+        spec = importlib.util.find_spec("img2dataset")
+        if spec is None:
+            raise ModuleNotFoundError("no module img2dataset; install it with: pip install 'img2dataset>=1.47,<1.48'")
+        sys.modules["img2dataset"] = importlib.util.module_from_spec(spec)  # made, but not run
+    import img2dataset.downloader
+
+    return img2dataset.downloader
 
 
 @contextlib.contextmanager
 def fetching_with(fetcher: Fetcher) -> Iterator[None]:
     """img2dataset's fetcher seam: for the time of the block it fetches with ours, which must never raise in there."""
-    import img2dataset.downloader as module
+    module = load_downloader()
 
     def fetch(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         number, url = row
@@ -113,30 +149,20 @@ def fetching_with(fetcher: Fetcher) -> Iterator[None]:
         module.download_image_with_retry = original
 
 
+# -- one shard --------------------------------------------------------------------------------------------------------
 def run_shard(job: Job, shard: int) -> Record:
     """Downloads one shard and commits what came. Raises YieldError below the configured floor."""
-    import img2dataset.downloader as module
-
     settings: DownloadConfig = job.what["dataset.download"]
     name, source = shard_name(shard), job.inputs["filter_metadata"].record(shard)
     if source is None:
         raise FileNotFoundError(f"filter_metadata has no shard {name}; run +stage=filter_metadata first")
+    check_canary(settings)
     rows = pq.read_table(job.inputs["filter_metadata"] / f"{name}.parquet", columns=["key", "url", "caption"])
-    logging.getLogger("PIL").setLevel(logging.ERROR)
     with job.output.attempt(shard, job.fingerprint) as attempt:
-        feather = attempt.path / "input.feather"  # img2dataset deletes it at the end
-        asked = rows.select(["url", "caption"])
-        with pa.OSFile(str(feather), "wb") as sink, pa.ipc.new_file(sink, asked.schema) as writer:
-            writer.write_table(asked)
-        key_digits = len(rows["key"][0].as_py()) - SHARD_DIGITS
-        downloader = module.Downloader(
-            SortedWriter, PixelResizer(settings), settings.threads, True, False, str(attempt.path), ["url", "caption"],
-            settings.deadline_seconds, 10**key_digits, SHARD_DIGITS, None, None, "jpg", 0, None, None,
-        )  # fmt: skip
-        with fetching_with(Fetcher(settings, job.how.connect)):
-            downloader.download_shard((shard, str(feather)))
-        (attempt.path / f"{name}_stats.json").unlink()  # times and guesses; the ledger says what happened
-        dropped = verify(attempt.path / name, rows["key"].to_pylist())
+        base = attempt.path / name
+        said = _download(rows, shard, attempt.path, settings, fetcher_of_process(settings, job.how.connect))
+        dropped = verify(base, rows["key"].to_pylist(), settings.encode_format, said)
+        Path(f"{base}_stats.json").unlink()  # times and guesses; the ledger says what happened
         kept = rows.num_rows - dropped.total()
         if kept < settings.min_yield * rows.num_rows:
             raise YieldError(
@@ -147,17 +173,71 @@ def run_shard(job: Job, shard: int) -> Record:
                               inputs={f"filter_metadata/{name}": source.digest})
 
 
-def verify(base: Path, keys: list[str]) -> Counter[str]:
-    """Counts tar, ledger and rows against each other; returns the rows without a picture by reason.
+def _download(rows: pa.Table, shard: int, folder: Path, settings: DownloadConfig, fetcher: Fetcher) -> str:
+    """Lets img2dataset fill a folder; returns what it said, which is where it reports the errors that it swallows."""
+    module = load_downloader()
+    logging.getLogger("PIL").setLevel(logging.ERROR)
+    asked, feather = rows.select(["url", "caption"]), folder / "input.feather"  # img2dataset deletes it at the end
+    with pa.OSFile(str(feather), "wb") as sink, pa.ipc.new_file(sink, asked.schema) as writer:
+        writer.write_table(asked)
+    key_digits = len(rows["key"][0].as_py()) - SHARD_DIGITS
+    downloader = module.Downloader(
+        SortedWriter, PixelResizer(settings), settings.threads, True, False, str(folder), ["url", "caption"],
+        settings.deadline_seconds, 10**key_digits, SHARD_DIGITS, None, None, settings.encode_format, 0, None, None,
+    )  # fmt: skip
+    said = io.StringIO()
+    with fetching_with(fetcher), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        downloader.download_shard((shard, str(feather)))
+    return said.getvalue()
+
+
+def verify(base: Path, keys: list[str], suffix: str, said: str = "") -> Counter[str]:
+    """Counts tar, ledger, rows and claim against each other; returns the rows without a picture by reason.
 
     Raises RuntimeError when they differ: img2dataset loses samples in silence.
     """
     ledger = pq.read_table(base.with_suffix(".parquet")).to_pylist()
+    claim = read_json(f"{base}_stats.json")
     arrived = {row["key"] for row in ledger if row["status"] == "success"}
-    members = {key for key, fields in iterate_tar(base.with_suffix(".tar")) if {"jpg", "txt"} <= fields.keys()}
-    if sorted(row["key"] for row in ledger) != sorted(keys) or members != arrived:
+    whole = {suffix, "json", "txt"}
+    members = {key for key, fields in iterate_tar(base.with_suffix(".tar")) if fields.keys() == whole}
+    found = sorted(row["key"] for row in ledger)
+    if found != sorted(keys) or members != arrived or (claim["count"], claim["successes"]) != (len(keys), len(arrived)):
         raise RuntimeError(
-            f"{base.name}: {len(keys)} rows were asked for, the ledger has {len(ledger)}, {len(arrived)} of them with "
-            f"success, and the tar holds {len(members)} samples: img2dataset lost some"
+            f"{base.name}: {len(keys)} rows were asked for; the ledger has {len(found)}, {len(arrived)} of them with "
+            f"success; the tar holds {len(members)} whole samples; img2dataset claims {claim['successes']} of "
+            f"{claim['count']}. It lost some, and said: {said[-600:].strip() or 'nothing'}"
         )
     return Counter(row["reason"] for row in ledger if row["status"] != "success")
+
+
+# -- the canary -------------------------------------------------------------------------------------------------------
+QUARTERS = np.array([[[220, 30, 30], [30, 180, 40]], [[40, 60, 210], [240, 220, 60]]], np.uint8)  # upright
+CANARY_LEVELS = 12  # of 255, by which a colour may differ
+
+
+@cache
+def check_canary(settings: DownloadConfig) -> None:
+    """Sends a known picture through the resizer, once in each process. Raises CanaryError when another comes out.
+
+    Releases of picture libraries have broken decoding or resizing before, and runs went on with rubbish or nothing.
+    """
+    half = settings.image_size // 2 + 16
+    upright = QUARTERS.repeat(3 * half // 2, 0).repeat(half, 1)
+    note, lying = Image.Exif(), io.BytesIO()
+    note[0x0112] = 6  # EXIF: turn it by a quarter to see it upright
+    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(lying, "JPEG", quality=95, exif=note)
+    data, width, height, *_, reason = PixelResizer(replace(settings, max_pixels=1 << 30))(lying)
+    size = (settings.image_size, round(settings.image_size * upright.shape[0] / upright.shape[1]))
+    problem = reason or ((width, height) != size and f"{width} x {height}, expected {size[0]} x {size[1]}")
+    if not problem:
+        with Image.open(io.BytesIO(data)) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        rows, columns = (slice(side // 4, None, side // 2) for side in pixels.shape[:2])
+        seen = pixels[rows, columns][:2, :2]
+        problem = np.abs(seen - QUARTERS).max() > CANARY_LEVELS and f"{seen.tolist()}, expected {QUARTERS.tolist()}"
+    if problem:
+        raise CanaryError(
+            f"a known picture came out of the resizer as {problem}. The picture libraries of this worker (Pillow "
+            f"{pillow_version}) are not to be trusted; restore them: pip install -c infra/constraints.txt -e ."
+        )
