@@ -157,7 +157,7 @@ def run_once(module: str, job: Job, resources: Resources) -> Record:
     import ray
 
     needs = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
-    return ray.get(ray.remote(_run_whole).options(max_retries=0, max_calls=1, **needs).remote(module, job))
+    return ray.get(ray.remote(max_calls=1, max_retries=0, **needs)(_run_whole).remote(module, job))
 
 
 def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources,

@@ -10,6 +10,7 @@ becomes one short word.
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -26,6 +27,7 @@ PORTS = {"http": 80, "https": 443}
 WORTH_RETRYING = ("http_429", "http_500", "http_502", "http_503", "http_504", "timeout", "connection")
 OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex", "noml", "none")
 KEPT_BY_QUOTE = "/%:@!$&'()*+,;=~-._"
+STAND_IN_GONE = "stand_in_gone"  # the one reason that says nothing about the URL: our own server has ended
 ROBOTS_BYTES = 1 << 19
 ROBOTS_SECONDS = 24 * 3600.0  # after which a host is asked again
 HOSTS_KEPT = 10_000  # hosts that a process remembers
@@ -63,6 +65,8 @@ class Fetcher:
                 backoff = self.settings.backoff_seconds * 2**tried * random.uniform(1, 1.5)
                 wait = max(error.retry_after, backoff)
                 if error.reason not in WORTH_RETRYING or tried == self.settings.retries or wait >= deadline.left():
+                    if error.reason == "connection" and not self._stand_in_answers():
+                        raise FetchError(STAND_IN_GONE) from error
                     raise
             time.sleep(wait)
             tried += 1
@@ -106,6 +110,15 @@ class Fetcher:
             return Target(parts.scheme, host, public_address(host, deadline.left()), PORTS[parts.scheme], path)
         except AddressError as error:
             raise FetchError(error.reason) from error
+
+    def _stand_in_answers(self) -> bool:
+        if self.stand_in is None:
+            return True
+        try:
+            socket.create_connection(self.stand_in, self.settings.deadline_seconds).close()
+        except OSError:
+            return False
+        return True
 
     # -- manners ------------------------------------------------------------------------------------------------------
     def _host(self, name: str) -> Host:

@@ -100,7 +100,8 @@ def test_a_wrong_word_lists_the_right_ones_quickly_and_without_a_traceback(argum
 
 def test_what_enters_the_fingerprint_and_how_does_not() -> None:
     base = Dag(compose([])).fingerprints
-    for how in ("cluster.num_cpus=7", "cluster.train.workers=4", "cluster.train.run.zero_stage=2", "dataset.connect=127.0.0.1:80", "paths.outputs=x",
+    for how in ("cluster.num_cpus=7", "cluster.train.workers=4", "cluster.train.run.zero_stage=2",
+                "dataset.connect=127.0.0.1:80", "paths.outputs=x",
                 "tracking.enabled=false", "name=y", "training.max_steps=1"):
         assert Dag(compose([how])).fingerprints == base, how
     moved = {

@@ -5,5 +5,6 @@ entry             one of our tensors and those of another layout that it is made
 compvis           the original's layout: which key is what, EMA, buffers, what is dropped and why
 text              text encoders: the original's and diffusers' transformer, CLIP's towers
 diffusers         names and configurations of diffusers' classes
+diffusers_text    text encoders and tokenizers in diffusers' folders
 diffusers_folder  whole folders, with scheduler and index
 """

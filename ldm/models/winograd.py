@@ -103,9 +103,8 @@ class Winograd(torch.autograd.Function):
         ctx.shape = x.shape
         b, _, h, w = x.shape
         results = (TO_RESULT @ products.view(36, -1)).view(TILE, TILE, b, h // TILE, w // TILE, out)
-        y = x.new_empty(b, h // TILE, TILE, w // TILE, TILE, out)
-        torch.add(results.permute(2, 3, 0, 4, 1, 5), bias, out=y)
-        return y.view(b, h, w, out).permute(0, 3, 1, 2)
+        y = results.permute(2, 3, 0, 4, 1, 5).reshape(b, h, w, out).add_(bias)
+        return y.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable

@@ -256,8 +256,14 @@ class Engine:
         return whole if self.world.rank == 0 else None
 
     def buffers(self) -> dict[str, Tensor]:
-        """What the module's state has besides trained weights."""
-        return {name: x.cpu() for name, x in self.module.state_dict().items() if name not in self.parameters}
+        """What the module's state has besides trained weights; not frozen parts, which come from files of their own."""
+        frozen = tuple(
+            f"{name}."
+            for name, part in self.module.named_modules()
+            if (parameters := list(part.parameters())) and not any(p.requires_grad for p in parameters)
+        )
+        state = self.module.state_dict().items()
+        return {name: x.cpu() for name, x in state if name not in self.parameters and not name.startswith(frozen)}
 
     def _buckets(self, elements: int) -> Iterator[list[str]]:
         names: list[str] = []

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm.config import DiffusionConfig, GenerationConfig, TrainingRunConfig, TrainSettings
+from ldm import generate
+from ldm.config import DiffusionConfig, GenerationConfig, TrainingConfig, TrainingRunConfig, TrainSettings
 from ldm.diffusion import objective
 from ldm.diffusion.schedule import Schedule, add_noise, make_schedule
 from ldm.generate import Painter, draw_latents
@@ -61,7 +62,7 @@ def train(
     """
     training, diffusion = settings.training, settings.diffusion
     torch.set_num_threads(run.threads)
-    if training.deterministic:
+    if training.deterministic and torch.cuda.is_available():  # on the processor equal runs are equal anyway
         make_deterministic()
     check(settings)
 
@@ -185,7 +186,9 @@ def check(settings: TrainSettings) -> None:
     """Refuses settings that cannot be followed, before anything is loaded."""
     training = settings.training
     lr.check(training.lr_schedule, training.warmup_steps, training.max_steps, training.lr_end)
-    objective.check_prediction_type(settings.diffusion.prediction, schedule_of(settings.diffusion))
+    schedule = schedule_of(settings.diffusion)
+    objective.check_prediction_type(settings.diffusion.prediction, schedule)
+    generate.check(grid_config(training), schedule, settings.diffusion.prediction)
     if training.ema_of not in ("unet", "all"):
         raise ValueError(f"training.ema_of is {training.ema_of!r}; there are: unet, all")
     if training.held_out_shards and training.validation_samples % training.batch_size:
@@ -199,6 +202,23 @@ def schedule_of(diffusion: DiffusionConfig) -> Schedule:
     """The noise schedule of a configuration."""
     return make_schedule(
         diffusion.schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end, diffusion.zero_terminal_snr
+    )
+
+
+def grid_config(training: TrainingConfig) -> GenerationConfig:
+    """How the sample grids are drawn: without chance after the start, so that they differ by training alone."""
+    grid = training.grid
+    return GenerationConfig(
+        prompts=grid.prompts,
+        unseen_prompts=[],
+        sampler="ddim",
+        steps=grid.steps,
+        spacing="trailing",
+        guidance_scale=grid.guidance_scale,
+        eta=0.0,
+        seed=training.seed,
+        batch_size=max(1, len(grid.prompts)),
+        grid_pictures=len(grid.prompts),
     )
 
 
@@ -322,25 +342,13 @@ def sample_grid(
     step: int,
 ) -> bytes:
     """A PNG of one picture for each fixed prompt, from fixed noise, drawn by the averaged weights."""
-    grid = settings.training.grid
+    prompts = settings.training.grid.prompts
     denoiser: Denoiser = make_denoiser(settings.unet, settings.text_encoder)
-    denoiser.load_state_dict(weights)
+    denoiser.load_state_dict(weights, strict=False)  # frozen parts are not among them: they come from their own files
     denoiser.eval().to(schedule.signal.device)
     c, h, w = data.latent_shape
     painter = Painter(denoiser, tokenizer, schedule, settings.diffusion.prediction, (c, h, w))
-    how = GenerationConfig(
-        prompts=grid.prompts,
-        unseen_prompts=[],
-        sampler="ddim",
-        steps=grid.steps,
-        spacing="trailing",
-        guidance_scale=grid.guidance_scale,
-        eta=0.0,
-        seed=settings.training.seed,
-        batch_size=len(grid.prompts),
-        grid_pictures=len(grid.prompts),
-    )
     with torch.no_grad():
-        image = decode(draw_latents(painter, grid.prompts, how))
-    tiles = [Tile([picture], prompt) for picture, prompt in zip(image.float().cpu(), grid.prompts, strict=True)]
+        image = decode(draw_latents(painter, prompts, grid_config(settings.training)))
+    tiles = [Tile([picture], prompt) for picture, prompt in zip(image.float().cpu(), prompts, strict=True)]
     return draw_sheet([(f"Step {step}", tiles)], math.ceil(math.sqrt(len(tiles))))

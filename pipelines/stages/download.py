@@ -35,7 +35,7 @@ from PIL import __version__ as pillow_version
 from ldm.images import ImageError, decode_rgb, encode_jpeg, encode_png, resize_shorter
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
-from pipelines.fetch import Fetcher
+from pipelines.fetch import STAND_IN_GONE, Fetcher
 from pipelines.manifest import Record, read_json, shard_name
 from pipelines.settings import DownloadConfig
 from pipelines.wire import FetchError
@@ -51,6 +51,10 @@ SCHEMA = pa.schema([
 
 class YieldError(RuntimeError):
     """So few pictures arrive that something must be broken."""
+
+
+class StandInError(RuntimeError):
+    """The server behind dataset.connect has ended, so that nothing can be said about its URLs."""
 
 
 class CanaryError(RuntimeError):
@@ -151,7 +155,11 @@ def fetching_with(fetcher: Fetcher) -> Iterator[None]:
 
 # -- one shard --------------------------------------------------------------------------------------------------------
 def run_shard(job: Job, shard: int) -> Record:
-    """Downloads one shard and commits what came. Raises YieldError below the configured floor."""
+    """Downloads one shard and commits what came.
+
+    Raises YieldError below the configured floor, and StandInError when the embedded web ends meanwhile: it ends with
+    the driver, and a worker that outlives both must not blame the URLs.
+    """
     settings: DownloadConfig = job.what["dataset.download"]
     name, source = shard_name(shard), job.inputs["filter_metadata"].record(shard)
     if source is None:
@@ -163,6 +171,11 @@ def run_shard(job: Job, shard: int) -> Record:
         said = _download(rows, shard, attempt.path, settings, fetcher_of_process(settings, job.how.connect))
         dropped = verify(base, rows["key"].to_pylist(), settings.encode_format, said)
         Path(f"{base}_stats.json").unlink()  # times and guesses; the ledger says what happened
+        if dropped[STAND_IN_GONE]:
+            raise StandInError(
+                f"shard {name}: the server at dataset.connect={job.how.connect} has ended, expected it to answer until "
+                f"the end; nothing of the shard is committed. The same command starts it and goes on"
+            )
         kept = rows.num_rows - dropped.total()
         if kept < settings.min_yield * rows.num_rows:
             raise YieldError(

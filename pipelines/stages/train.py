@@ -95,6 +95,9 @@ def work(arguments: dict[str, Any]) -> None:
     """Runs in every training worker: hands ldm.training.train its settings, its data and its three functions."""
     import torch
 
+    from ldm.config import TrainSettings
+    from ldm.training.train import train
+
     job: Job = arguments["job"]
     if not (job.output / "plan.json").exists():
         raise FileNotFoundError(
@@ -102,7 +105,26 @@ def work(arguments: dict[str, Any]) -> None:
             f"be a folder that all nodes share"
         )
     torch.set_num_threads(job.how.cluster.train.run.threads)
-    _train(job, train_data(job, arguments["selection"]))
+    data = train_data(job, arguments["selection"])
+    what = job.what
+    settings = TrainSettings(
+        training=what["training"], diffusion=what["diffusion"], unet=what["unet"], text_encoder=what["text_encoder"]
+    )
+    journal = rank_journal(job)
+
+    def log_grid(step: int, png: bytes, name: str) -> None:
+        path = job.output / f"grids/{name}-{step:08d}.png"
+        write_whole(path, png)
+        journal.image(name, path, step)
+
+    train(
+        settings, data, job.output.path, job.how.cluster.train.run,
+        decode=decoder(job),
+        log=lambda step, values: journal.metrics(values, step=step),
+        log_grid=log_grid,
+        should_stop=lambda: (job.output / STOP).exists(),
+    )  # fmt: skip
+    journal.close()
 
 
 def decoder(job: Job) -> Any:

@@ -326,7 +326,7 @@ ASKED = [kind for kind in KINDS if kind.stage != "filter_metadata"]
 
 @pytest.mark.parametrize("kind", ASKED, ids=lambda kind: kind.name)
 def test_the_fetcher_gives_each_kind_its_reason(address: str, kind: Kind) -> None:
-    with closing(Fetcher(replace(DATASET.download, retries=0), address)) as fetcher:
+    with closing(Fetcher(replace(DATASET.download, retries=0, deadline_seconds=2.0), address)) as fetcher:
         assert fate(fetcher, row_of(kind.name)) == ("" if kind.stage == "selection" else kind.reason)
 
 

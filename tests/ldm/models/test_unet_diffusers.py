@@ -1,12 +1,14 @@
 """The same weights here and in diffusers' UNet2DConditionModel give the same predictions and gradients."""
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.benchmarks.unet_step import make_pair, to_diffusers
+from ldm.models.winograd import use_winograd
+from tests.benchmarks.unet_step import make_contenders, make_pair, measure, to_diffusers
 from tests.ldm.models.test_unet import tiny
 
 SEED = int(os.environ.get("LDM_TEST_SEED", 0))
@@ -44,3 +46,36 @@ def test_one_weight_off_shows() -> None:
         theirs.conv_in.weight[0, 0, 1, 1] += 0.1
         batch = torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 5, 24)
         assert (ours(*batch) - theirs(*batch).sample).abs().max() > 1e-4
+
+
+def test_every_contender_of_the_benchmark_predicts_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(KINDS["shallow"], model_channels=64)
+    contenders = make_contenders(config, compiled=False, bfloat16=True)
+    measure(config, contenders, batch_size=2, side=16, repeats=2, clock=time.perf_counter)
+    table = capsys.readouterr().out
+    assert len(contenders) == 9 and all(table.count(contender.name + " ") >= 2 for contender in contenders)
+    with torch.no_grad():
+        contenders[-1].network.get_parameter("conv_in.weight").mul_(2)
+    with pytest.raises(AssertionError):
+        measure(config, contenders, batch_size=2, side=16, repeats=2, clock=time.perf_counter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("winograd", [False, True])
+def test_compiled_network_predicts_the_same(winograd: bool) -> None:
+    config = replace(KINDS["shallow"], model_channels=64, channel_mult=[1, 1], transformer_depth=[1, 1])
+    unet = make_pair(config)[0].to(memory_format=torch.channels_last)
+    if winograd:
+        use_winograd(unet)
+    torch.manual_seed(SEED)
+    batch = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 5, config.context_dim)
+    compiled = torch.compile(unet)
+    grads = []
+    for network in (unet, compiled):
+        unet.zero_grad()
+        prediction = network(*batch)
+        prediction.square().mean().backward()
+        grads.append([parameter.grad.clone() for parameter in unet.parameters()])
+    torch.testing.assert_close(compiled(*batch), unet(*batch), rtol=0, atol=1e-4)
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -138,6 +138,27 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(stage: int) -> N
     assert "the gradient's norm is" in message and same and math.isfinite(norm)
 
 
+class WithFrozenPart(Network):
+    """A network that reads through something frozen, and has a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+
+def kept_names() -> set[str]:
+    training = replace(TRAINING, batch_size=BATCH)
+    engine = Engine(WithFrozenPart(), training, replace(RUN, micro_batch_size=BATCH), join())
+    steps(engine, range(1))
+    return set(engine.gather(engine.stretches()) or {}) | set(engine.buffers())
+
+
+def test_frozen_parts_are_neither_trained_nor_kept() -> None:
+    (names,) = processes.run(kept_names)
+    assert names == {name for name, _ in Network().named_parameters()} | {"scale"}
+
+
 # ---- all stages --------------------------------------------------------------------------------------------
 def run_stage(stage: int, micro_batch_size: int, home: Path, precision: str = "float32") -> dict[str, Any]:
     """Half of the steps, a checkpoint, and the other half."""

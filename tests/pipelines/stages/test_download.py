@@ -30,7 +30,7 @@ from pipelines.sample_plan import plan
 from pipelines.sample_web import expected_funnel, serving
 from pipelines.settings import SampleWebConfig
 from pipelines.stages import download, filter_metadata
-from tests.pipelines.unkind_server import Unkind, unkind_server
+from tests.pipelines.unkind_server import Unkind, raw_server, unkind_server
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 BASE = compose(["+experiment=smoke"])
@@ -250,6 +250,19 @@ def test_a_yield_below_the_floor_stops_the_stage_and_commits_nothing(tmp_path: P
     assert job.output.record(0) is None
     lower = replace(job.what["dataset.download"], min_yield=0.1)
     assert download.run_shard(replace(job, what={"dataset.download": lower}), 0).samples == 1
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_server_of_our_own_that_ends_is_not_blamed_on_the_urls(tmp_path: Path, retries: int) -> None:
+    """As when the driver is killed: the embedded web ends with it, and orphaned workers go on for a while."""
+    with raw_server(lambda connection: connection.close()) as address:
+        job = by_hand(tmp_path, ["http://a.test/x"] * 3, address, min_yield=0.0, respect_robots=False)
+        assert download.run_shard(job, 0).dropped == {"connection": 3}, "a server that is there and says nothing"
+    job = by_hand(tmp_path / str(retries), ["http://a.test/x"] * 3, address, min_yield=0.0)
+    job = replace(job, what={"dataset.download": replace(job.what["dataset.download"], retries=retries)})
+    with pytest.raises(download.StandInError, match=f"dataset.connect={address} has ended"):
+        download.run_shard(job, 0)
+    assert job.output.record(0) is None and not list(job.output.path.glob("0*"))
 
 
 # -- the canary, and what a worker loads ------------------------------------------------------------------------------
