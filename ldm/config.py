@@ -111,7 +111,7 @@ class TextEncoderConfig:
     """Caption -> tokens (b, length) -> context (b, length, width); fields that its kind has no use for are null."""
 
     kind: str  # "transformer": trained with the U-Net, ldm/models/text_encoder.py; "clip": frozen, ldm/models/clip.py
-    tokenizer: str | None  # "wordpiece", "bytes" or "clip": ldm/models/tokenizer.py; null: tokens come ready-made
+    tokenizer: str | None  # "wordpiece", "bytes", "words", "clip": ldm/models/tokenizer.py; null: ready-made tokens
     vocab_file: str | None  # tokenizer "wordpiece": path of its vocabulary, one piece a line
     vocab_sha256: str | None  # what that file must hold
     vocab_size: int  # tokens
@@ -121,6 +121,7 @@ class TextEncoderConfig:
     layers: int | None
     heads: int | None
     head_width: int | None  # heads * head_width need not be width
+    canvas: list[int] | None  # c', h, w of what the mean context is drawn on and z_t is joined with; null: none
     # kind "clip"
     towers: dict[str, ClipTowerConfig] | None  # name -> tower; their contexts are joined in this order
     weights: str | None  # path of a safetensors file with the frozen towers; null: random, for tests

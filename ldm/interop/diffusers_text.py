@@ -165,6 +165,7 @@ def from_diffusers(
         entries = clip_entries(tower.layers, name, "transformers", "", projection=bool(tower.projection))
         state |= _to_own(entries, file)
     config = TextEncoderConfig(
+        canvas=None,
         kind="clip",
         tokenizer="clip",
         vocab_file=None,
@@ -183,6 +184,7 @@ def from_diffusers(
 
 def _bert_config(settings: Mapping[str, Any], vocab: Path) -> TextEncoderConfig:
     return TextEncoderConfig(
+        canvas=None,
         kind="transformer",
         tokenizer="wordpiece",
         vocab_file=str(vocab) if vocab.is_file() else None,

@@ -25,6 +25,22 @@ class ClassEmbedder(nn.Module):
         return self.embedding(class_label)[:, None, :]
 
 
+class CaptionCanvas(nn.Module):
+    """context (b, l, d) -> concat (b, c', h, w): the mean of a caption's states, drawn by one linear map.
+
+    Cross-attention alone gives a small U-Net no place to start from: it must first learn where in the picture it is.
+    With a canvas a caption's rough picture is one matrix product away, which a run of minutes can learn.
+    """
+
+    def __init__(self, width: int, shape: list[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.draw = nn.Linear(width, math.prod(shape))
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.draw(context.mean(1)).unflatten(1, self.shape)
+
+
 class SpatialRescaler(nn.Module):
     """segmentation (b, c, H, W) -> concat (b, c', h, w): resized in stages, then mapped to fewer channels."""
 

@@ -4,6 +4,7 @@ A condition is a dict of named tensors. Those that a U-Net reads itself (context
 through as they are; the others are first encoded:
 
     tokens, layout (b, l) int64    -> text encoder     -> context (b, l, d)
+    tokens                         -> canvas           -> concat (b, c', h, w) as well, where there is a canvas
     tokens, sizes (b, k)           -> text encoder     -> context, and vector where the U-Net reads one (SDXL)
     class_label (b,) int64         -> class embedder   -> context (b, 1, d), where there is an embedder
     segmentation (b, c, H, W)      -> spatial rescaler -> concat (b, c', h, w)
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import ClassEmbedderConfig, SpatialRescalerConfig, TextEncoderConfig, UNetConfig
-from ldm.models.conditioning import ClassEmbedder, SpatialRescaler, embed_numbers
+from ldm.models.conditioning import CaptionCanvas, ClassEmbedder, SpatialRescaler, embed_numbers
 from ldm.models.text_encoder import make_text_encoder
 from ldm.models.unet import UNet
 
@@ -33,12 +34,14 @@ class Denoiser(nn.Module):
         text_encoder: nn.Module | None = None,
         class_embedder: ClassEmbedder | None = None,
         spatial_rescaler: SpatialRescaler | None = None,
+        canvas: CaptionCanvas | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
         self.class_embedder = class_embedder
         self.spatial_rescaler = spatial_rescaler
+        self.canvas = canvas
 
     def forward(self, z_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return self.unet(z_t, t, **self.encode_condition(condition))
@@ -61,7 +64,8 @@ class Denoiser(nn.Module):
     def encode_text(self, tokens: Tensor, sizes: Tensor | None) -> dict[str, Tensor]:
         """Tokens (b, l) -> context; with sizes (b, k) also the vector of SDXL: pooled output, then the sizes."""
         if sizes is None:
-            return {"context": self.text_encoder(tokens)}
+            context = self.text_encoder(tokens)
+            return {"context": context} if self.canvas is None else {"context": context, "concat": self.canvas(context)}
         context, pooled = self.text_encoder.encode(tokens)
         return {"context": context, "vector": torch.cat([pooled, embed_numbers(sizes).to(pooled)], dim=1)}
 
@@ -94,4 +98,5 @@ def make_denoiser(
         None if text_encoder is None else make_text_encoder(text_encoder),
         None if class_embedder is None else ClassEmbedder(class_embedder),
         None if spatial_rescaler is None else SpatialRescaler(spatial_rescaler),
+        CaptionCanvas(text_encoder.width, text_encoder.canvas) if text_encoder and text_encoder.canvas else None,
     )

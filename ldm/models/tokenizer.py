@@ -13,6 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,11 +54,15 @@ def make_tokenizer(config: TextEncoderConfig) -> Tokenizer:
         return _wordpiece_tokenizer(config)
     if config.tokenizer == "bytes":
         return _bytes_tokenizer(config)
+    if config.tokenizer == "words":
+        return _words_tokenizer(config)
     if config.tokenizer == "clip":
         from ldm.models.clip import clip_tokenizer
 
         return clip_tokenizer(config)
-    raise ValueError(f'text_encoder.tokenizer is {config.tokenizer!r}; captions need "wordpiece", "bytes" or "clip"')
+    raise ValueError(
+        f'text_encoder.tokenizer is {config.tokenizer!r}; captions need "wordpiece", "bytes", "words" or "clip"'
+    )
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------
@@ -69,6 +74,22 @@ def _bytes_tokenizer(config: TextEncoderConfig) -> Tokenizer:
 
 def _byte_ids(caption: str) -> list[int]:
     return [3 + byte for byte in caption.encode()]
+
+
+# ---- hashed words ------------------------------------------------------------------------------------------
+def _words_tokenizer(config: TextEncoderConfig) -> Tokenizer:
+    """Words by their hash (Weinberger et al. 2009), 3 and up: needs no file; two words may share an id."""
+    buckets = config.vocab_size - 3
+    if buckets < 1:
+        raise ValueError(f"text_encoder.vocab_size is {config.vocab_size}; hashed words need at least 4")
+    ids = partial(_word_ids, buckets=buckets)
+    return Tokenizer(ids, start=1, end=2, pad=0, length=config.length, vocab_size=config.vocab_size)
+
+
+def _word_ids(caption: str, buckets: int) -> list[int]:
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", caption).lower())
+    digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
+    return [3 + int.from_bytes(digest, "little") % buckets for digest in digests]
 
 
 # ---- WordPiece ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ CONFIG = GenerationConfig(
 )  # fmt: skip
 
 TEXT = TextEncoderConfig(
+    canvas=None,
     kind="transformer", tokenizer="bytes", vocab_file=None, vocab_sha256=None, vocab_size=259, length=16, width=32,
     layers=1, heads=2, head_width=16, towers=None, weights=None,
 )  # fmt: skip

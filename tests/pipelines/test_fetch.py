@@ -197,17 +197,18 @@ def test_the_deadline_holds_while_tls_shakes_hands_and_names_are_looked_up(
 
 def test_without_the_watchdog_a_drip_holds_a_worker(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: the time-out of each read is kept by a drip for ever; only the watchdog ends it."""
-    monkeypatch.setattr(wire.watchdog(), "watch", lambda handle, deadline: None)
+    monkeypatch.setattr(wire.WATCHDOG, "watch", lambda handle, deadline: None)
     started = time.monotonic()
     reason(fetcher, "http://a.test/dripping-headers")
     assert time.monotonic() - started > 2.5
 
 
 def test_fetchers_share_one_watchdog_which_forgets_what_is_done(address: str, make: Callable[..., Fetcher]) -> None:
-    for _ in range(5):
-        make(address).fetch("http://a.test/good")
+    fetchers = [make(address) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda fetcher: fetcher.fetch("http://a.test/good"), fetchers))
     assert [thread.name for thread in threading.enumerate()].count("watchdog") == 1
-    assert not wire.watchdog().deadlines
+    assert not wire.WATCHDOG.deadlines
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------

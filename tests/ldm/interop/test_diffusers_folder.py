@@ -42,7 +42,7 @@ def vocabulary(folder: Path) -> Path:
 
 def model(kind: str, folder: Path, diffusion: DiffusionConfig = DIFFUSION) -> Model:
     clip_words = {"vocab_size": 49408}
-    bert = replace(BERT, vocab_size=112, vocab_file=str(vocabulary(folder)))
+    bert = replace(BERT, vocab_size=112, length=77, vocab_file=str(vocabulary(folder)))  # their pipeline pads to 77
     text = {
         "bert": bert,
         "sd1": replace(clip("clip_vit_l_14"), **clip_words),

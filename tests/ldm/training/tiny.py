@@ -26,6 +26,7 @@ SEED = int(os.environ.get("LDM_TEST_SEED", 0))
 SHAPE = [2, 4, 4]
 
 TEXT_ENCODER = TextEncoderConfig(
+    canvas=None,
     kind="transformer", tokenizer="bytes", vocab_file=None, vocab_sha256=None, vocab_size=259, length=12, width=8,
     layers=1, heads=2, head_width=4, towers=None, weights=None,
 )  # fmt: skip
