@@ -6,9 +6,8 @@ import ipaddress
 import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from functools import cache
 
-RESOLVERS = 32  # name lookups under way in one process
+RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="resolver")  # name lookups under way in one process
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that has been given out; the rest of IPv6 leads nowhere public
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address behind NAT64 (RFC 6052)
 NOT_GLOBAL = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20")))  # newer than some versions of Python
@@ -22,17 +21,12 @@ class AddressError(Exception):
         self.reason = reason
 
 
-@cache
-def _resolvers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolver")
-
-
 def public_address(host: str, seconds: float) -> str:
     """One address of a host, all of whose addresses are public. Raises AddressError.
 
     The system's resolver knows no deadline, so it runs on a thread of its own that may be left behind.
     """
-    answer: Future[list[str]] = _resolvers().submit(_addresses, host)
+    answer: Future[list[str]] = RESOLVERS.submit(_addresses, host)
     try:
         addresses = answer.result(seconds)
     except (OSError, UnicodeError, FutureTimeout) as error:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
 from http.client import HTTPException
 
 from urllib3 import HTTPHeaderDict
@@ -52,7 +51,10 @@ class Deadline:
 
 
 class Watchdog(threading.Thread):
-    """Shuts the connections whose deadline has passed, so that a server that drips headers or bytes holds nobody."""
+    """Shuts the connections whose deadline has passed, so that a server that drips headers or bytes holds nobody.
+
+    There is one for a process; it starts when it is first needed.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -62,6 +64,8 @@ class Watchdog(threading.Thread):
 
     def watch(self, handle: socket.socket, deadline: Deadline) -> None:
         with self.changed:
+            if self.ident is None:
+                self.start()
             self.deadlines[handle] = deadline.at
             if deadline.at < self.wakes_at:
                 self.changed.notify()
@@ -88,12 +92,7 @@ def _shut(handle: socket.socket) -> None:
         return
 
 
-@cache
-def watchdog() -> Watchdog:
-    """The one of this process."""
-    dog = Watchdog()
-    dog.start()
-    return dog
+WATCHDOG = Watchdog()
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Line:
     handle: socket.socket
 
     def close(self) -> None:
-        watchdog().forget(self.handle)
+        WATCHDOG.forget(self.handle)
         self.connection.close()
         self.handle.close()
 
@@ -165,7 +164,7 @@ class Wire:
             sock = socket.create_connection((target.address, target.port), deadline.left())
             line = Line(HTTPConnection(target.address, target.port), sock.dup())
         line.connection.sock = sock
-        watchdog().watch(line.handle, deadline)
+        WATCHDOG.watch(line.handle, deadline)
         if target.scheme == "https":
             try:
                 with _in_a_word(deadline):
@@ -181,7 +180,7 @@ class Wire:
     ) -> Answer:  # fmt: skip
         try:
             with _in_a_word(deadline):
-                watchdog().watch(line.handle, deadline)
+                WATCHDOG.watch(line.handle, deadline)
                 line.connection.timeout = deadline.left()
                 headers = {"Host": bracketed(target.host), "User-Agent": self.user_agent, "Accept-Encoding": "identity"}
                 line.connection.request("GET", target.path, headers=headers, preload_content=False,
@@ -208,7 +207,7 @@ class Wire:
         if not usable or line.connection.sock is None:
             line.close()
             return
-        watchdog().forget(line.handle)
+        WATCHDOG.forget(line.handle)
         with self.lock:
             self.idle.setdefault(target.origin, []).append(line)
             self.idle.move_to_end(target.origin)
