@@ -102,10 +102,17 @@ def compose_plain(overrides: list[str]) -> dict[str, Any]:
     check_overrides(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose("config", overrides)
+            composed = hydra_compose("config", [_into_mappings(override) for override in overrides])
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _into_mappings(override: str) -> str:
+    """The same override, free to add keys: Hydra refuses new keys even in mappings such as paths.reuse, and which keys
+    exist elsewhere check_overrides knows better."""
+    key = override.partition("=")[0]
+    return override if key.startswith(("+", "~")) or (CONF / key).is_dir() else f"++{override}"
 
 
 def check_overrides(overrides: list[str]) -> None:
