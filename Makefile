@@ -12,14 +12,14 @@ demo: $(READY)  ## run the whole DAG on the embedded data set: captioned URLs in
 	$(BIN)/python -m pipelines.run
 
 test: $(READY)  ## lint and pass the tests
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(READY)  ## check style
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 
 clean:  ## remove the environment (outputs/ is yours and stays)
 	rm -rf $(VENV)

@@ -56,10 +56,9 @@ def test_the_whole_dag_makes_pictures_and_figures(finished: Path) -> None:
 
 
 def test_every_row_of_the_funnel_is_accounted_for_and_is_what_the_web_was_made_to_hold(finished: Path) -> None:
-    from pipelines.sample_web import expected_funnel
-
     from pipelines.config import compose
     from pipelines.dag import Dag
+    from pipelines.sample_web import expected_funnel
 
     dag = Dag(compose(["+experiment=smoke", f"paths.outputs={finished}"]))
     expected = expected_funnel(dag.config.dataset)
