@@ -34,7 +34,11 @@ ENVIRONMENT = {
 SYSTEM_RETRIES = 3  # a crash of a worker or a node, not an error in a shard
 
 
-class ShardsFailed(RuntimeError):
+class StageFailed(RuntimeError):
+    """A stage failed in a worker; the message says of what."""
+
+
+class ShardsFailed(StageFailed):
     """Some shards failed; the others are committed."""
 
 
@@ -144,12 +148,17 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
 
 def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:
     stage, shard, error = failed[0]
-    cause = getattr(error, "cause", None) or error
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return ShardsFailed(
         f"{stage}: shard {shard}{others} failed; all other shards are committed, and the same command goes on from "
-        f"there. First cause: {type(cause).__name__}: {cause}"
+        f"there. First cause: {_cause(error)}"
     )
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong in a worker, without Ray's account of how it heard of it."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {cause}"
 
 
 def run_once(module: str, job: Job, resources: Resources) -> Record:
@@ -157,7 +166,11 @@ def run_once(module: str, job: Job, resources: Resources) -> Record:
     import ray
 
     needs = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
-    return ray.get(ray.remote(max_calls=1, max_retries=0, **needs)(_run_whole).remote(module, job))
+    try:
+        return ray.get(ray.remote(max_calls=1, max_retries=0, **needs)(_run_whole).remote(module, job))
+    except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError) as error:
+        raise StageFailed(f"{job.stage} failed: {_cause(error)}") from error
 
 
 def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources,
@@ -167,7 +180,7 @@ def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[st
     Ray Train is never handed a checkpoint: it restarts the function, which finds the newest committed one itself.
     `scratch` is a folder that all nodes see; Ray Train keeps its own notes there while the group runs.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     name = uuid.uuid4().hex[:12]
@@ -185,5 +198,9 @@ def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[st
     )
     try:
         trainer.fit()
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+        rank = min(failures)
+        raise StageFailed(f"train failed, first in rank {rank}: {_cause(failures[rank])}") from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, StaleError, LockedError, FileNotFoundError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return NO_SUCH_INPUT
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # what stages raise; the journal and MLflow keep where it came from
         print(f"\n{error}\n", file=sys.stderr)
         return 1
 
@@ -150,6 +150,7 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
             continue
         for stage in open_stages:
             _prepare(dag, stage)
+            print(f"{time.strftime('%H:%M:%S')}  {stage:<20} begins", flush=True)
         if STAGES[group[0]].kind == "shards":
             _run_stream(dag, open_stages, tracker, command)
         else:
@@ -182,7 +183,7 @@ def _prepare(dag: Dag, stage: str) -> None:
 
 def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None:
     """Streams shards through neighbouring stages and closes those whose input is closed."""
-    from pipelines import cluster, sample_web
+    from pipelines import cluster, progress, sample_web
 
     first_input = reads(dag.config, stages[0])[0]
     shards = sorted(dag.statuses[first_input].records) if first_input in dag.statuses else []
@@ -204,7 +205,8 @@ def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None
             notes[stage]["finished"] = time.time()
             journals[stage].metrics({"data/samples": record.samples, "data/rows": record.rows}, step=record.shard)
 
-        cluster.stream(steps, shards, committed)
+        with progress.following(dag.run_folder, {step.job.stage: len(step.todo) for step in steps}):
+            cluster.stream(steps, shards, committed)
         for stage in stages:
             if _close(dag, stage):
                 _journal_funnel(dag, stage, journals[stage])
@@ -228,7 +230,7 @@ def _close(dag: Dag, stage: str) -> bool:
 
 def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     """Runs a stage that is not streamed: on the driver where it launches others, else on a worker of the cluster."""
-    from pipelines import cluster
+    from pipelines import cluster, progress
 
     job = dag.statuses[stage].job
     module = importlib.import_module(f"pipelines.stages.{stage}")
@@ -238,7 +240,8 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
             records = list(job.output.committed().values())
             job.output.close(job.fingerprint, records, funnel)
         elif stage == "train":
-            module.run(job, journal)
+            with progress.following(dag.run_folder, {stage: dag.config.training.max_steps}):
+                module.run(job, journal)
         else:
             cluster.run_once(module.__name__, job, dag.config.cluster.whole)
         dag.refresh(stage)

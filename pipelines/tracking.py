@@ -18,6 +18,7 @@ import os
 import posixpath
 import re
 import sys
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,6 +110,7 @@ def _end(journal: Journal, error: BaseException | None) -> None:
         journal.status("FINISHED")
     else:
         state = "FAILED" if isinstance(error, Exception) else "KILLED"
+        journal.text("error.txt", "".join(traceback.format_exception(error)))
         journal.status(state, f"{type(error).__name__}: {first_line(error)}")
     journal.close()
 

@@ -17,9 +17,9 @@ from typing import Any
 import imagehash
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ldm.images import ImageError, decode_rgb
 from PIL import Image
 
+from ldm.images import ImageError, decode_rgb
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
 from pipelines.manifest import Record, shard_name
