@@ -28,8 +28,9 @@ from pipelines.settings import ClusterConfig, TrackingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Settings that name a file: they count by its content.
-FILES = ("autoencoder.weights", "text_encoder.weights", "text_encoder.vocab_file")
+# Settings that name a file, or map names to files: they count by content.
+FILES = ("autoencoder.weights", "text_encoder.weights", "text_encoder.vocab_file", "dataset.filter_metadata.deny_lists",
+         "dataset.selection.removed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def check_stage_name(name: str) -> None:
 
 
 def weights_path(weights: str) -> Path:
-    """A file of weights or a vocabulary; relative paths start at the project's folder."""
+    """A file of weights, a vocabulary or a list; relative paths start at the project's folder."""
     path = Path(weights) if Path(weights).is_absolute() else ROOT / weights
     if not path.is_file():
         raise ConfigError(f"no file at {path} (given as {weights!r})")
@@ -141,7 +142,7 @@ def _by_content(value: Any, path: str) -> Any:
     """A section with every file in it replaced by the hash of what the file holds."""
     if isinstance(value, dict):
         return {key: _by_content(item, f"{path}.{key}") for key, item in value.items()}
-    if path in FILES and value is not None:
+    if value is not None and (path in FILES or path.rpartition(".")[0] in FILES):
         return sha256_file(weights_path(value))
     return value
 

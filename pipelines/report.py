@@ -137,7 +137,8 @@ def _summary(said: Said, stages: list[Made]) -> str:
     words = [f"code {said.tags.get('code_version', 'unknown')}"]
     if said.sessions:
         begun, last = said.sessions[0]["begun"], said.sessions[-1]
-        ended = f"{last['status'].lower()} {_when(last['ended'])}" if last["ended"] else "still open"
+        now = _when(1000 * time.time())  # a run writes its report as its last act, so its own end is not in it
+        ended = f"{last['status'].lower()} {_when(last['ended'])}" if last["ended"] else f"written {now}"
         words = [f"begun {_when(begun)}", ended, *words]
     words.append(f"{_duration(seconds)} of work in {len(stages)} stages")
     return f'<p class="soft">{cell(" · ".join(words))}</p>'
@@ -317,7 +318,7 @@ def _what_ran(said: Said, stages: list[Made]) -> list[str]:
         {
             "session": i,
             "begun": _when(session["begun"]),
-            "ended": _when(session["ended"]) if session["ended"] else "still open" if session is last else "killed",
+            "ended": _when(session["ended"]) if session["ended"] else "" if session is last else "killed",
             "status": session["status"].lower(),
             "reason": session["reason"],
         }

@@ -158,6 +158,9 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
     funnel = [row for row in funnel_rows(dag, wanted)]
     tracker.run.table("funnel", funnel)
     if "evaluate" in wanted:
+        figures = read_json(dag.run_folder / "evaluate/metrics.json")
+        tracker.run.metrics({name: x for name, x in figures.items() if name.startswith("prompt_recall")})
+        tracker.run.image("grid", dag.run_folder / "generate/grid.png", dag.config.training.max_steps)
         tracker.run.artifact(report.write_report(dag.run_folder))
 
 

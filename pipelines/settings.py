@@ -12,8 +12,9 @@ from ldm.config import TrainingRunConfig
 class SourceConfig:
     """Where the metadata lies and what its columns are called."""
 
-    metadata: str | None  # path or glob of parquet files; null: the embedded web writes its own
-    columns: dict[str, str]  # our name (url, caption, width, height, and scores) -> name in the files
+    metadata: str | None  # path or glob of files; null: the embedded web writes its own
+    format: str  # of the files: parquet; or tsv, tab-separated without a header, with columns column0, column1, ...
+    columns: dict[str, str | None]  # our name (url, caption, width, height, scores) -> name in the files; null: none
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,19 @@ class FilterMetadataConfig:
     """Which rows are worth a request. Applied in this order; each dropped row has one reason."""
 
     shard_samples: int  # rows of a shard
+    deny_lists: dict[str, str]  # column, or url_md5, url_sha256 -> text file, one value a line, of what must not come in
+    deny_domains: list[str]  # hosts, and all hosts below them, that are not asked
+    allow_domains: list[str]  # the only hosts that are asked; empty: all
+    deny_urls: list[str]  # regular expressions (RE2), found anywhere in the URL
+    allow_urls: list[str]  # one of them must be found; empty: none need be
     min_size: int  # pixels of the shorter side
     max_aspect: float  # longer side over shorter side
     bounds: dict[str, list[float | None]]  # score -> [lowest, highest] that is kept; null is no bound
+    one_of: dict[str, list[str]]  # column (language, nsfw, license) -> values that are kept
     min_caption_chars: int
+    min_caption_words: int
+    max_caption_chars: int | None
+    deduplicate: list[str]  # what no two rows of the whole set may share: url_caption, url
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,14 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class TableResources:
+    """What filter_metadata takes on the driver; what does not fit into memory goes to disk."""
+
+    threads: int
+    memory_bytes: int  # of DuckDB; the process takes about half a gigabyte more
+
+
+@dataclass(frozen=True)
 class TrainResources:
     workers: int  # processes, one for each GPU
     num_cpus: float  # for each worker
@@ -107,6 +125,7 @@ class ClusterConfig:
     address: str  # "local" starts Ray here; "auto" or an address joins a cluster
     num_cpus: int | None  # processors that a local Ray may count on; null counts them
     object_store_bytes: int | None  # shared memory of a local Ray; null is Ray's own choice
+    filter_metadata: TableResources
     download: Resources
     filter_images: Resources
     precompute_latents: Resources

@@ -464,7 +464,7 @@ def refused(error: Exception) -> bool:
 
 def safe_name(name: str, image: bool = False) -> str:
     """A name that MLflow takes and that leads nowhere else as a path; the key of a picture has no colon."""
-    clean = re.sub(r"[^\w./ -]" if image else r"[^\w./ :-]", "_", name, flags=re.ASCII)
+    clean = re.sub(r"[^\w./ -]" if image else r"[^\w./ :-]", "_", name.replace("@", "_at_"), flags=re.ASCII)
     parts = [part for part in clean.split("/") if part not in ("", ".", "..")]
     return posixpath.join(*parts)[:MAX_KEY] if parts else ""
 

@@ -64,9 +64,7 @@ def run(job: Job) -> Record:
 
 def _tell(job: Job, figures: dict[str, Any]) -> None:
     journal = Journal(journal_path(job.how.run, job.stage, "worker"))
-    journal.metrics({
-        name.replace("@", "_at_"): value for name, value in figures.items() if name.startswith("prompt_recall")
-    })  # fmt: skip
+    journal.metrics({name: value for name, value in figures.items() if name.startswith("prompt_recall")})
     journal.artifact(job.output / "metrics.json")
     journal.image(f"pairs {job.output.path.name}", job.output / "pairs.png", int(figures["checkpoint"].split("-")[1]))
     journal.close()

@@ -55,7 +55,7 @@ def test_a_model_that_learnt_everything(tmp_path: Path) -> None:
     }  # fmt: skip
     record = read_json(tmp_path / "evaluate/12345678/record.json")
     assert (record["rows"], record["samples"], record["dropped"]) == (8, 7, {"unseen_prompt": 1})
-    assert read_metrics(tmp_path, "evaluate")["prompt_recall_at_1"][0][1] == 1.0
+    assert read_metrics(tmp_path, "evaluate")["prompt_recall@1"][0][1] == 1.0
     [(step, picture)] = next(iter(read_images(tmp_path, "evaluate").values()))
     assert step == 42 and picture.is_file()
 
