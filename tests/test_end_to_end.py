@@ -125,6 +125,7 @@ def begun(outputs: Path, stage: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_in_every_stage_and_continued_gives_the_same_records(finished: Path, tmp_path: Path) -> None:
     for stage in DAG:
         process = start(tmp_path)
