@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.config import UNetConfig
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.models.unet import UNet
-
-GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+from tests.ldm import golden
 
 UNET_TEXT = UNetConfig(
     in_channels=4, out_channels=4, model_channels=32, channel_mult=[1, 1, 1, 2], num_res_blocks=1,
@@ -30,8 +26,7 @@ class Case:
     """One case: its inputs and outputs by name, and how far from an output is still right."""
 
     def __init__(self, name: str) -> None:
-        self.tensors = load_file(GOLDEN / f"{name}.safetensors")
-        self.about = json.loads((GOLDEN / f"{name}.json").read_text())
+        self.tensors, self.about = golden.load(name), golden.facts(name)
 
     def input(self, name: str) -> Tensor:
         return self.tensors[f"input/{name}"]
@@ -59,7 +54,7 @@ def released_schedule(timesteps: int = 1000) -> Schedule:
 @functools.cache
 def unet() -> UNet:
     """The U-Net of the case unet_text, its weights frozen."""
-    weights = load_file(GOLDEN / "unet_text.safetensors")
+    weights = golden.load("unet_text")
     net = UNet(UNET_TEXT)
     net.load_state_dict({key.removeprefix("weights/"): value.float() for key, value in weights.items()
                          if key.startswith("weights/")})  # fmt: skip

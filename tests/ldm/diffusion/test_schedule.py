@@ -20,7 +20,7 @@ from ldm.diffusion.variational import (
     posterior_variance,
     previous_alpha_bar,
 )
-from tests.ldm.diffusion.golden import GOLDEN
+from tests.ldm.golden import FOLDER
 from tests.ldm.models.settings import CONF, read
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
@@ -44,7 +44,7 @@ RELEASED = {
 
 @functools.cache
 def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "schedules.safetensors")
+    return load_file(FOLDER / "schedules.safetensors")
 
 
 def tables(schedule: Schedule, beta_share: float) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 with warnings.catch_warnings():
@@ -22,7 +21,8 @@ from ldm.interop.text import bert_entries
 from ldm.models.autoencoder import make_autoencoder
 from ldm.models.text_encoder import make_text_encoder
 from ldm.models.unet import UNet
-from tests.ldm.interop.small import AUTOENCODERS, BERT, GOLDEN, SEED, UNETS, check_digests, conf, key_list, trained
+from tests.ldm import golden
+from tests.ldm.interop.small import AUTOENCODERS, BERT, SEED, UNETS, check_digests, conf, key_list, trained
 
 
 def their_class(settings: dict) -> torch.nn.Module:
@@ -247,7 +247,7 @@ def test_the_transformer_that_is_trained_with_the_unet() -> None:
 
 
 def test_golden_transformer_equals_what_others_converted() -> None:
-    weights = load_file(GOLDEN / "bert.safetensors")
+    weights = golden.load("bert")
     state = to_own(bert_entries(3, "original", "weights/transformer."), weights.__getitem__)
     written = to_theirs(bert_entries(3, "diffusers", ""), state)
     logits = {f"to_logits.{name}": weights[f"weights/transformer.to_logits.{name}"] for name in ("weight", "bias")}

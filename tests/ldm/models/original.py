@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-import pytest
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.config import UNetConfig
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from tests.ldm import golden
 
 
 def unet_config(params: dict[str, Any]) -> UNetConfig:
@@ -49,9 +43,8 @@ class Golden:
     """One case: numbers that the original code computed, and how near one should come."""
 
     def __init__(self, name: str) -> None:
-        folder = GOLDEN if (GOLDEN / f"{name}.json").exists() else extra_folder(name)
-        self.values = load_file(folder / f"{name}.safetensors")
-        facts = json.loads((folder / f"{name}.json").read_text())
+        self.values = golden.load(name)
+        facts = golden.facts(name)
         self.params = facts["config"].get("params")
         self.settings = facts["config"].get("params_by_setting")
         self.tolerance = facts["tolerance"]
@@ -70,11 +63,3 @@ class Golden:
 
     def output(self, name: str) -> Tensor:
         return self.values["output/" + name]
-
-
-def extra_folder(name: str) -> Path:
-    """Where the larger cases are, which do not come with the code."""
-    folder = Path(os.environ.get("LDM_EXTRA_DATA", ""))
-    if not (folder / f"{name}.json").exists():
-        pytest.skip(f"LDM_EXTRA_DATA does not hold {name}.json and {name}.safetensors")
-    return folder

@@ -1,13 +1,12 @@
 """The paper's autoencoders against numbers of the original code, and their sizes against the published counts."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ldm.config import AutoencoderConfig, AutoencoderSettings, CompvisConfig
 from ldm.models.autoencoder import (
@@ -23,9 +22,9 @@ from ldm.models.autoencoder import (
 )
 from ldm.models.quantize import codebook_loss
 from ldm.models.winograd import use_winograd
+from tests.ldm import golden
 from tests.ldm.models import settings
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 SEED = int(os.environ.get("LDM_TEST_SEED", 0))
 RELEASED = {
     "kl_f4": 55_312_063,
@@ -40,10 +39,6 @@ RELEASED = {
     "sdxl_f8": 83_653_863,
     "x4_upscaler_f4": 55_325_927,
 }
-
-
-def golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
-    return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def from_original(params: dict) -> AutoencoderConfig:
@@ -67,7 +62,7 @@ def from_original(params: dict) -> AutoencoderConfig:
 
 
 def load(name: str) -> tuple[Autoencoder, dict[str, torch.Tensor], dict]:
-    values, about = golden(name)
+    values, about = golden.load(name), golden.facts(name)
     autoencoder = make_autoencoder(from_original(about["config"]["params"])).requires_grad_(False).eval()
     weights = {k.removeprefix("weights/"): v.float() for k, v in values.items() if k.startswith("weights/")}
     autoencoder.load_state_dict(weights)
@@ -149,7 +144,7 @@ def test_a_wrong_epsilon_would_be_seen() -> None:
 
 
 def test_the_posterior_equals_the_original() -> None:
-    values, _ = golden("posterior")
+    values = golden.load("posterior")
     moments, other = values["input/parameters"], values["input/other_parameters"]
     mean, logvar = split_moments(moments)
     between = gaussian_kl(mean, logvar, *split_moments(other))
@@ -241,7 +236,7 @@ def test_a_latent_is_only_scaled_and_other_shapes_are_refused() -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[AutoencoderSettings, dict[str, torch.Tensor]]:
     torch.manual_seed(SEED)
-    config = replace(from_original(golden("vq_f4")[1]["config"]["params"]), posterior="vq")
+    config = replace(from_original(golden.facts("vq_f4")["config"]["params"]), posterior="vq")
     state = make_autoencoder(config).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
     return AutoencoderSettings(network=config, weights=str(tmp_path / "weights.safetensors"), scale_factor=1.0), state

@@ -1,19 +1,16 @@
 """The text encoder against numbers of the original code, and its sizes against the published counts."""
 
-import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ldm.config import TextEncoderConfig
 from ldm.models.text_encoder import TextEncoder, make_text_encoder
+from tests.ldm import golden
 from tests.ldm.models import settings
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 SEED = int(os.environ.get("LDM_TEST_SEED", 0))
 
 
@@ -34,9 +31,8 @@ def rename(key: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def golden() -> tuple[TextEncoder, dict[str, torch.Tensor], dict]:
-    values = load_file(GOLDEN / "bert.safetensors")
-    tolerance = json.loads((GOLDEN / "bert.json").read_text())["tolerance"]
+def original() -> tuple[TextEncoder, dict[str, torch.Tensor], dict]:
+    values, tolerance = golden.load("bert"), golden.facts("bert")["tolerance"]
     encoder = TextEncoder(replace(conf("bert_1p45b"), vocab_size=200, length=12, width=64, layers=3))
     weights = {k.removeprefix("weights/transformer."): v.float() for k, v in values.items() if k.startswith("weights/")}
     encoder.load_state_dict({rename(k): v for k, v in weights.items() if not k.startswith("to_logits")})
@@ -45,8 +41,8 @@ def golden() -> tuple[TextEncoder, dict[str, torch.Tensor], dict]:
 
 @pytest.mark.parametrize("suffix", ["", "_short"])
 @torch.no_grad()
-def test_context_equals_the_original(golden, suffix: str) -> None:
-    encoder, values, tolerance = golden
+def test_context_equals_the_original(original, suffix: str) -> None:
+    encoder, values, tolerance = original
     context, expected = encoder(values[f"input/tokens{suffix}"]), values[f"output/embeddings{suffix}"]
     bound = tolerance[f"embeddings{suffix}"]
     print("largest difference", (context - expected).abs().max().item())
@@ -54,8 +50,8 @@ def test_context_equals_the_original(golden, suffix: str) -> None:
 
 
 @torch.no_grad()
-def test_logits_of_the_left_out_layer_equal_the_original(golden) -> None:
-    encoder, values, tolerance = golden
+def test_logits_of_the_left_out_layer_equal_the_original(original) -> None:
+    encoder, values, tolerance = original
     weight, bias = (values[f"weights/transformer.to_logits.{name}"].float() for name in ("weight", "bias"))
     logits = torch.nn.functional.linear(encoder(values["input/tokens"]), weight, bias)
     bound = tolerance["logits"]
@@ -65,8 +61,8 @@ def test_logits_of_the_left_out_layer_equal_the_original(golden) -> None:
 
 
 @torch.no_grad()
-def test_a_wrong_epsilon_would_be_seen(golden) -> None:
-    encoder, values, tolerance = golden
+def test_a_wrong_epsilon_would_be_seen(original) -> None:
+    encoder, values, tolerance = original
     norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
     try:
         for norm in norms:
