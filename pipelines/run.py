@@ -244,7 +244,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
             job.output.close(job.fingerprint, records, funnel)
         elif stage == "train":
             with progress.following(dag.run_folder, {stage: dag.config.training.max_steps}):
-                module.run(job, journal)
+                module.run(job)
         else:
             cluster.run_once(module.__name__, job, dag.config.cluster.whole)
         dag.refresh(stage)

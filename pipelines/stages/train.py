@@ -23,14 +23,13 @@ from pipelines.training_set import autoencoder_settings, input_digests, shard_in
 STOP = "stop"  # a file of this name in the stage's folder asks all workers to save and leave
 
 
-def run(job: Job, journal: Journal) -> Record:
+def run(job: Job) -> Record:
     """Runs on the driver: selection, training, record."""
     shards = sorted(job.inputs["precompute_latents"].committed())
     folders = job.inputs["filter_metadata"], job.inputs["filter_images"]
     masks, reasons = select(all_samples(*folders, shards), job.what["dataset.selection"])
     selection = _place_selection(job, masks)
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
-    journal.metrics({"selection/used": used, **{f"selection/{reason}": n for reason, n in reasons.items()}})
     (job.output / STOP).unlink(missing_ok=True)
     cluster.launch_training(work, {"job": job, "selection": selection}, job.how.cluster.train, job.output.path / ".ray")
     return _commit(job, known, used, dict(reasons))
