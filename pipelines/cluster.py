@@ -90,10 +90,11 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
 
     running: dict[Any, tuple[int, int, Any]] = {}
     failed: list[tuple[str, int, Exception]] = []
-    steps[0].waiting.extend(shards)
+    for shard in shards:
+        _hand_on(steps, shard)
     while True:
         for i in reversed(range(len(steps))):
-            _submit(steps, i, running)
+            _submit(steps[i], i, running)
         if not running:
             break
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -108,25 +109,26 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
                 ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             failed.append((step.job.stage, shard, error))
             continue
-        if i + 1 < len(steps):
-            steps[i + 1].waiting.append(shard)
+        _hand_on(steps[i + 1 :], shard)
     if failed:
         raise _failure(failed)
 
 
-def _submit(steps: list[Step], i: int, running: dict[Any, tuple[int, int, Any]]) -> None:
-    """Starts what a step may start; shards that it has already made go straight on."""
-    step = steps[i]
+def _hand_on(steps: list[Step], shard: int) -> None:
+    """Gives a shard to the first of the steps that has not made it yet."""
+    for step in steps:
+        if shard in step.todo:
+            step.waiting.append(shard)
+            return
+
+
+def _submit(step: Step, i: int, running: dict[Any, tuple[int, int, Any]]) -> None:
+    """Starts what a step may start."""
     while step.waiting and step.running < step.resources.in_flight:
         shard = step.waiting.popleft()
-        if shard not in step.todo:
-            if i + 1 < len(steps):
-                steps[i + 1].waiting.append(shard)
-            continue
         reference, actor = _start(step, shard)
         running[reference] = (i, shard, actor)
         step.running += 1
-        # The step after this one may have been given shards above; it is visited again before the next wait.
 
 
 def _start(step: Step, shard: int) -> tuple[Any, Any]:
