@@ -238,7 +238,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     job = dag.statuses[stage].job
     for read in reads(dag.config, stage):
         if not dag.refresh(read).done:
-            raise RuntimeError(f"{stage} reads {read}, which is not finished in {dag.home(read)}; the same command goes on")
+            raise RuntimeError(f"{stage} reads {read}, which is not finished in {dag.home(read)}: run it again first")
     module = importlib.import_module(f"pipelines.stages.{stage}")
     with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command):
         if STAGES[stage].kind == "table":

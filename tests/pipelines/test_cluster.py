@@ -56,13 +56,13 @@ def test_no_more_than_the_bound_are_under_way(ray_here: None, tmp_path: Path) ->
     assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) <= 2
 
 
-def test_shards_that_are_made_go_straight_to_the_next_stage(ray_here: None, tmp_path: Path) -> None:
-    for first in (2, 4):  # of four shards, two or all have been made by the first stage
-        steps = [make_step(tmp_path / str(first), "a", range(first, 4), Known(0, [], [])),
-                 make_step(tmp_path / str(first), "b", range(4), Known(0, [], []))]
-        seen: list[tuple[str, int | None]] = []
-        cluster.stream(steps, list(range(4)), lambda stage, record: seen.append((stage, record.shard)))
-        assert sorted(seen) == [*(("a", shard) for shard in range(first, 4)), ("b", 0), ("b", 1), ("b", 2), ("b", 3)]
+@pytest.mark.parametrize("made", [2, 4])
+def test_shards_that_are_made_go_straight_to_the_next_stage(ray_here: None, tmp_path: Path, made: int) -> None:
+    steps = [make_step(tmp_path, "a", range(made, 4), Known(0, [], [])),
+             make_step(tmp_path, "b", range(4), Known(0, [], []))]
+    seen: list[tuple[str, int | None]] = []
+    cluster.stream(steps, list(range(4)), lambda stage, record: seen.append((stage, record.shard)))
+    assert sorted(seen) == [*(("a", shard) for shard in range(made, 4)), ("b", 0), ("b", 1), ("b", 2), ("b", 3)]
 
 
 def test_an_error_lets_the_other_shards_finish_and_is_told_with_its_cause(ray_here: None, tmp_path: Path) -> None:
