@@ -22,7 +22,7 @@ EVERY_SECONDS = 10.0
 def following(run_folder: Path, goals: Mapping[str, int]) -> Iterator[None]:
     """Prints how far the stages are, while the block runs and once at its end.
 
-    `goals`: of each stage the shards that it has to make, or the training steps to reach.
+    `goals`: of each stage the shards that it has to make, or the training steps to reach; else 0.
     """
     lines = [Line(run_folder, stage, goal) for stage, goal in goals.items()]
     over = threading.Event()
@@ -72,6 +72,6 @@ class Line:
             self.rows += int(values["data/rows"])
             return f"{self.shards} of {self.goal} shards, {self.samples} samples of {self.rows} rows"
         if "loss" in values:
-            speed = values["samples_per_second"]
-            return f"step {step} of {self.goal}, loss {values['loss']:.3f}, {speed:.0f} samples/s"
+            speed = f", {values['samples_per_second']:.0f} samples/s" if "samples_per_second" in values else ""
+            return f"step {step} of {self.goal}, loss {values['loss']:.3f}{speed}"
         return ""

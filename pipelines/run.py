@@ -240,14 +240,15 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
         if not dag.refresh(read).done:
             raise RuntimeError(f"{stage} reads {read}, which is not finished in {dag.home(read)}: run it again first")
     module = importlib.import_module(f"pipelines.stages.{stage}")
-    with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command):
+    goals = {"train": dag.config.training.max_steps, "train_autoencoder": dag.config.autoencoder_training.max_steps}
+    showing = progress.following(dag.run_folder, {stage: goals.get(stage, 0)})
+    with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
         if STAGES[stage].kind == "table":
             funnel = module.run(job)
             records = list(job.output.committed().values())
             job.output.close(job.fingerprint, records, funnel)
         elif stage == "train":
-            with progress.following(dag.run_folder, {stage: dag.config.training.max_steps}):
-                module.run(job)
+            module.run(job)
         else:
             cluster.run_once(module.__name__, job, dag.config.cluster.whole)
         dag.refresh(stage)
