@@ -47,6 +47,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .step .head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; }
 .key { display: inline-block; margin: 0 1rem .1rem 0; font-size: .85rem; }
 .key i { display: inline-block; width: .7rem; height: .7rem; border-radius: .2rem; margin-right: .35rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.4rem; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: .8rem; }
 .strip { display: flex; overflow-x: auto; gap: 1rem; padding-bottom: .6rem; }
 .strip figure { flex: 0 0 auto; }
@@ -182,6 +183,43 @@ def file_figure(path: Path, caption: str, side: int | None = None) -> str:
     return figure(embed(path.read_bytes(), side), caption) if path.is_file() else ""
 
 
+# ---- distributions ---------------------------------------------------------------------------------------------
+def histogram(values: Sequence[float], kept: Sequence[float], label: str, bins: int = 24) -> str:
+    """How often values occur, as bars; before them, in green, how often among those kept.
+
+    Bars reach from the lowest value to the 99.5th percentile; what lies above is counted in words.
+    """
+    usable = sorted(value for value in values if math.isfinite(value))
+    if not usable:
+        return ""
+    low, high = usable[0], usable[math.ceil(0.995 * (len(usable) - 1))]
+    high = high if high > low else low + 1
+    counts = [[0] * bins, [0] * bins]
+    for row, group in zip(counts, (usable, kept), strict=True):
+        for value in group:
+            if low <= value <= high:
+                row[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
+    width, height, bottom = 320, 130, 18
+    across, up = width / bins, (height - bottom - 4) / max(counts[0])
+    shapes = [
+        f'<rect x="{i * across + 0.5:.1f}" y="{height - bottom - n * up:.1f}" width="{across - 1:.1f}" '
+        f'height="{n * up:.1f}" fill="{colour}"/>'
+        for row, colour in zip(counts, ("var(--line)", "var(--kept)"), strict=True)
+        for i, n in enumerate(row)
+        if n
+    ]
+    ends = (
+        f'<text x="0" y="{height - 4}">{low:.4g}</text>'
+        f'<text x="{width}" y="{height - 4}" text-anchor="end">{high:.4g}</text>'
+    )
+    above = sum(value > high for value in usable)
+    note = f"{label}; {above:,} above" if above else label
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(shapes)}{ends}'
+        f"</svg><figcaption>{escape(note)}</figcaption></figure>"
+    )
+
+
 # ---- curves ----------------------------------------------------------------------------------------------------
 def curve(points: Sequence[tuple[float, float]], label: str, logarithmic: bool = False) -> str:
     """A curve over steps as SVG; points that are not finite (or positive, if logarithmic) are counted."""
@@ -206,7 +244,7 @@ def curve(points: Sequence[tuple[float, float]], label: str, logarithmic: bool =
                     f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in ticks(x0, x1):
         x, _ = place(tick, usable[0][1])
-        grid.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick:,.0f}</text>')
+        grid.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick:,.6g}</text>')
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in thin(usable)))
     note = f" ({lost} points are not finite and not drawn)" if lost else ""
     return (

@@ -32,6 +32,7 @@ from pipelines.page import (
     section,
     table,
 )
+from pipelines.report_data import data_sections
 
 PICTURE_BYTES = 64_000_000  # of the download tars that are looked through for examples
 KEPT_EXAMPLES, DROPPED_EXAMPLES = 36, 12
@@ -68,6 +69,7 @@ def write_report(run_folder: str | Path) -> Path:
         "Pictures": _pictures(run_folder, stages),
         "Prompt recall": _recall(run_folder),
         "Where every row went": _funnel(stages),
+        "What the data looks like": data_sections(run_folder, {stage.name: stage.folder for stage in stages}),
         "Examples of the data": _examples(stages),
         "Training": _training(run_folder),
         "Autoencoder": _autoencoder(said, stages),

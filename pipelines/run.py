@@ -25,7 +25,7 @@ from typing import Any
 from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
 from pipelines.dag import ROOT, STAGES, Dag, Status, check_stage_name, connected, reads, what_of
 from pipelines.lock import LockedError, lock
-from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json
+from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
 
 NO_SUCH_INPUT = 2  # exit code of everything that the caller can mend
 
@@ -137,7 +137,7 @@ def _check_inputs_present(dag: Dag, wanted: list[str]) -> None:
 
 
 def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> None:
-    from pipelines import cluster, report
+    from pipelines import cluster, plot, report
     from pipelines.tracking import Tracker
 
     tracker = stack.enter_context(Tracker.open(dag.config.tracking, dag.run_folder))
@@ -155,13 +155,15 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
             _run_stream(dag, open_stages, tracker, command)
         else:
             _run_one(dag, open_stages[0], tracker, command)
-    funnel = [row for row in funnel_rows(dag, wanted)]
-    tracker.run.table("funnel", funnel)
+    tracker.run.table("funnel", funnel_rows(dag, wanted))
+    funnels = [(stage, dag.statuses[stage].funnel) for stage in wanted if dag.statuses[stage].funnel]
+    write_whole(dag.run_folder / "funnel.png", plot.funnel_png(funnels))
+    tracker.run.image("funnel", dag.run_folder / "funnel.png")
     if "evaluate" in wanted:
         figures = read_json(dag.run_folder / "evaluate/metrics.json")
         tracker.run.metrics({name: x for name, x in figures.items() if name.startswith("prompt_recall")})
         tracker.run.image("grid", dag.run_folder / "generate/grid.png", dag.config.training.max_steps)
-        tracker.run.artifact(report.write_report(dag.run_folder))
+    tracker.run.artifact(report.write_report(dag.run_folder))
 
 
 def groups(wanted: list[str]) -> Iterator[list[str]]:
