@@ -5,13 +5,15 @@ A shard of latents is a plain tar that any webdataset reader opens, samples in k
     000000042.moments.npy   000000042.txt   000000107.moments.npy   000000107.txt   ...
 
 Its index `000042.index` is one fixed row for each sample: key, offset and size of the stretch of the tar that holds the
-sample's members, and the crc32 of that stretch. A read is one `pread` of the stretch, checked against the crc32: a
-flipped byte, a cut file or a swapped shard raises CorruptSample and can never shorten an epoch silently. Nothing here
-unpickles, opens a URL, or follows a link.
+sample's members, and the crc32 of that stretch. The record holds the index's sha256, which is checked when the shard is
+opened; a read is one `pread` of the stretch, checked against the crc32. So a flipped byte, a cut file or a swapped
+shard raises CorruptSample and can never shorten an epoch silently. Nothing here unpickles, opens a URL, or follows a
+link.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -47,6 +49,7 @@ class ShardInfo:
     index: str
     samples: int
     digest: str  # identity of the shard's content, from its record
+    index_sha256: str  # of the index, from the record too: what binds the crc32 of every sample to it
 
 
 class ShardWriter:
@@ -89,6 +92,11 @@ class ShardReader:
                 f"{info.index} has {len(data)} bytes, expected {info.samples * INDEX_ROW.itemsize} for the "
                 f"{info.samples} samples of its record"
             )
+        if (found := hashlib.sha256(data).hexdigest()) != info.index_sha256:
+            raise CorruptSample(
+                f"{info.index} has sha256 {found[:12]}, expected {info.index_sha256[:12]} as its record says; find out "
+                f"what else is damaged with: python -m pipelines.verify path={info.index}"
+            )
         self.rows = np.frombuffer(data, INDEX_ROW)
         self.handle = os.open(info.tar, os.O_RDONLY)
 
@@ -106,7 +114,7 @@ class ShardReader:
         if len(data) != row["size"] or zlib.crc32(data) != row["crc32"]:
             raise CorruptSample(
                 f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {row['size']} bytes read); "
-                f"make the shard again"
+                f"make the shard again with: python -m pipelines.verify path={self.info.tar} repair=true"
             )
         return dict(_members(data, key, self.info.tar))
 

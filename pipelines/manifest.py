@@ -29,6 +29,7 @@ from ldm.crash import crash_point
 
 FORMAT = 1
 ATTEMPTS = ".attempts"
+SEAL = "seal"  # of a record's file; records of earlier versions have none
 
 
 class StaleError(RuntimeError):
@@ -144,11 +145,22 @@ class Record:
         return sum(info["bytes"] for info in self.files.values())
 
 
+def seal_of(value: dict[str, Any]) -> str:
+    """What a record's seal must be: a hash of all the rest of it, so that no figure in it can change unseen."""
+    return sha256_bytes(canonical(json.loads(canonical(value))))
+
+
 def read_record(path: str | Path) -> Record | None:
     """The record in a file, or None when there is none. Raises ValueError for a file that is not a record."""
     if not os.path.exists(path):
         return None
     value = check_format(read_json(path), path)
+    seal, expected = value.pop(SEAL, None), seal_of(value)
+    if seal is not None and seal != expected:
+        raise ValueError(
+            f"{path} was altered after it was written: its seal is {str(seal)[:12]}, expected {expected[:12]}; "
+            f"remove it to have it made again"
+        )
     try:
         return Record(**value)
     except TypeError as error:
@@ -201,7 +213,8 @@ class Attempt:
             os.replace(self.path / name, target)
             fsync_folder(target.parent)
         crash_point("before_record")
-        write_json(self.folder.record_path(self.shard), asdict(record))
+        value = asdict(record)
+        write_json(self.folder.record_path(self.shard), {**value, SEAL: seal_of(value)})
         crash_point("after_record")
         return record
 

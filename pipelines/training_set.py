@@ -45,7 +45,8 @@ def samples_of(train: StageFolder) -> int:
 def shard_info(latents: StageFolder, record: Record) -> ShardInfo:
     """Where a latent shard lies: its record names one tar and one index."""
     tar, index = (next(name for name in record.files if name.endswith(end)) for end in (".tar", ".index"))
-    return ShardInfo(str(latents / tar), str(latents / index), record.samples, record.digest)
+    sha256 = record.files[index]["sha256"]
+    return ShardInfo(str(latents / tar), str(latents / index), record.samples, record.digest, sha256)
 
 
 def autoencoder_settings(job: Job) -> AutoencoderSettings:

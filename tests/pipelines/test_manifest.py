@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,18 @@ def test_a_record_that_loses_a_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 unaccounted for"), folder.attempt(0, "f") as attempt:
         attempt.commit(rows=3, samples=1, dropped={"http_404": 1}, inputs={})
     assert folder.record(0) is None
+
+
+def test_a_record_with_an_altered_figure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = StageFolder(tmp_path, "download")
+    commit(folder, 0)
+    path = folder.record_path(0)
+    path.write_text(path.read_text().replace('"source": "d"', '"source": "e"'))
+    with pytest.raises(ValueError, match=r"000000.json was altered after it was written: its seal is \w+, expected"):
+        folder.record(0)
+    # The twin: without seals the altered record counts.
+    monkeypatch.setattr("pipelines.manifest.seal_of", lambda value: json.loads(path.read_text())["seal"])
+    assert folder.record(0).inputs == {"source": "e"}
 
 
 def test_the_digest_is_of_content_and_not_of_settings(tmp_path: Path) -> None:

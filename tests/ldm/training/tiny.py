@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,7 +75,8 @@ def write_data(folder: Path, counts: Sequence[int], used: Sequence[Sequence[bool
             fields = {"moments.npy": encode_array(moments.astype(np.float16)), "txt": f"{shard} {row}".encode()}
             writer.write(f"{shard:06d}{row:03d}", fields)
         writer.close()
-        infos.append(ShardInfo(str(writer.tar), str(writer.index), count, f"digest {shard}"))
+        sha256 = hashlib.sha256(writer.index.read_bytes()).hexdigest()
+        infos.append(ShardInfo(str(writer.tar), str(writer.index), count, f"digest {shard}", sha256))
     bits = [
         None if mask is None else np.packbits(np.array(mask, bool)).tobytes() for mask in used or [None] * len(counts)
     ]
