@@ -86,6 +86,14 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def read_option(group: str, name: str) -> Any:
+    """One file of conf/ as the dataclass of its section, without composing a whole configuration."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    return build(_without_none(typing.get_type_hints(Config)[group]), value)
+
+
 def compose(overrides: list[str]) -> Config:
     """The configuration for a list of Hydra overrides. Raises ConfigError naming everything that does not fit."""
     return build(Config, compose_plain(overrides))

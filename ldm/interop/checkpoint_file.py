@@ -23,7 +23,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,6 +77,10 @@ class WeightFile:
     def state(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Tensors by key: these, or all."""
         return {key: self.read(key) for key in (self.tensors if keys is None else keys)}
+
+    def on_meta(self) -> WeightFile:
+        """The same file, whose tensors come without numbers: enough to see what fits."""
+        return replace(self, read=lambda key: torch.empty(self.tensors[key].shape, device="meta"))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -132,49 +132,52 @@ def scheduler_to_diffusers(config: DiffusionConfig) -> dict[str, Any]:
 
 
 # ---- reading ----------------------------------------------------------------------------------------------
-def read_folder(folder: str | Path) -> Model:
-    """A folder of diffusers as a model of ours."""
+def read_folder(folder: str | Path, *, numbers: bool = True) -> Model:
+    """A folder of diffusers as a model of ours; without `numbers` its tensors have shapes only."""
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     latents = "vae" if "vae" in index else "vqvae"
-    unet, unet_state = read_unet(folder / "unet")
-    autoencoder, scale_factor, latent_state = read_autoencoder(folder / latents)
+    unet, unet_state = read_unet(folder / "unet", numbers=numbers)
+    autoencoder, scale_factor, latent_state = read_autoencoder(folder / latents, numbers=numbers)
     parts = {"unet": unet_state, "autoencoder": latent_state}
     names = [name for name in ("bert", "text_encoder", "text_encoder_2") if index.get(name, [None])[0] is not None]
     text_encoder = None
     if names:
-        found = [(read_json(folder / name / "config.json"), open_component(folder / name)) for name in names]
-        text_encoder, parts["text_encoder"] = text.from_diffusers(found, folder / names[0])
-        _fit_text(text_encoder, parts["text_encoder"], folder)
+        text_encoder, parts["text_encoder"] = read_text([folder / name for name in names], numbers=numbers)
     settings = read_json(folder / "unet" / "config.json")
     diffusion = scheduler_from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json"))
     size = settings.get("sample_size") or 64
     return Model(unet, autoencoder, scale_factor, text_encoder, diffusion, size, parts)
 
 
-def _fit_text(config: TextEncoderConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+def read_text(folders: list[Path], *, numbers: bool = True) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
+    """Folders bert/, or text_encoder/ and perhaps text_encoder_2/: one configuration and the weights."""
+    found = [(read_json(folder / "config.json"), open_component(folder, numbers)) for folder in folders]
+    config, state = text.from_diffusers(found, folders[0])
     with torch.device("meta"):
-        require_fit(shapes(state), shapes(make_text_encoder(config).state_dict()), f"{folder}: its text encoder")
+        expected = make_text_encoder(config).state_dict()
+    require_fit(shapes(state), shapes(expected), str(folders[0]))
+    return config, state
 
 
-def read_unet(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
+def read_unet(folder: Path, *, numbers: bool = True) -> tuple[UNetConfig, dict[str, Tensor]]:
     """A folder unet/: its configuration and weights."""
     config = unet_from_diffusers(read_json(folder / "config.json"))
     with torch.device("meta"):
         expected = UNet(config).state_dict()
-    return config, _read(folder, unet_entries(config), expected)
+    return config, _read(folder, unet_entries(config), expected, numbers)
 
 
-def read_autoencoder(folder: Path) -> tuple[AutoencoderConfig, float, dict[str, Tensor]]:
+def read_autoencoder(folder: Path, *, numbers: bool = True) -> tuple[AutoencoderConfig, float, dict[str, Tensor]]:
     """A folder vae/ or vqvae/: its configuration, scale factor and weights."""
     config, scale_factor = autoencoder_from_diffusers(read_json(folder / "config.json"))
     with torch.device("meta"):
         expected = make_autoencoder(config).state_dict()
-    return config, scale_factor, _read(folder, autoencoder_entries(config), expected)
+    return config, scale_factor, _read(folder, autoencoder_entries(config), expected, numbers)
 
 
-def _read(folder: Path, entries: list[Entry], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    file = open_component(folder)
+def _read(folder: Path, entries: list[Entry], expected: Mapping[str, Tensor], numbers: bool) -> dict[str, Tensor]:
+    file = open_component(folder, numbers)
     keys = {current_name(key): key for key in file.tensors}
     state = _to_own(entries, keys, file)
     require_fit(shapes(state), shapes(expected), str(file.path))
@@ -191,19 +194,31 @@ def _to_own(entries: list[Entry], keys: Mapping[str, str], file: WeightFile) -> 
     return to_own(entries, lambda key: file.read(keys[key]))
 
 
-def open_component(folder: Path) -> WeightFile:
+def open_component(folder: Path, numbers: bool = True) -> WeightFile:
     """The weights of one network, in whichever of the usual files they are."""
     names = [f"{stem}{kind}" for stem in (WEIGHTS, "model")
              for kind in (".safetensors", ".safetensors.index.json", ".fp16.safetensors")]  # fmt: skip
     names += [f"{WEIGHTS}.bin", "pytorch_model.bin"]
     for name in names:
         if (folder / name).is_file():
-            return open_file(folder / name)
+            file = open_file(folder / name)
+            return file if numbers else file.on_meta()
     raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+class Settings(dict[str, Any]):
+    """A JSON object that names its file when something is asked for that it lacks."""
+
+    def __init__(self, path: Path, value: Mapping[str, Any]) -> None:
+        super().__init__(value)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.path} has no {key!r}; it has {', '.join(self) or 'nothing'}")
+
+
+def read_json(path: Path) -> Settings:
+    """A JSON object of a folder."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, which a folder of diffusers has")
     try:
@@ -212,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+    return Settings(path, value)
 
 
 def scheduler_from_diffusers(settings: Mapping[str, Any]) -> DiffusionConfig:

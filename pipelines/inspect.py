@@ -1,0 +1,119 @@
+"""Says what a file or folder is.
+
+    python -m pipelines.inspect path=PATH
+
+PATH may be a file of weights (.ckpt, .safetensors, .pt, .pth, .bin, .safetensors.index.json), a folder of diffusers or
+one network of it, a checkpoint (step-00001000), a stage's folder, or a run's. Of weights it tells the parts, how many
+parameters they and their averages have, which file of conf/ fits them, and what else there is. Nothing is executed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines import inspect_weights
+from pipelines.manifest import Record, StageFolder, sum_funnel
+
+MENDABLE = 2  # exit code of everything that the caller can mend
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0 recognised, 2 not, or not whole."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    try:
+        print("\n".join(describe(asked_path(arguments))))
+    except (OSError, ValueError) as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return MENDABLE
+    return 0
+
+
+def asked_path(arguments: list[str]) -> Path:
+    """The path of `path=PATH`."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if set(given) != {"path"} or not given["path"]:
+        raise ValueError(f"it takes path=PATH and was given {' '.join(arguments) or 'nothing'}")
+    return Path(given["path"])
+
+
+def describe(path: Path) -> list[str]:
+    """What is at a path, in lines."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {path}")
+    for recognised, lines_of in KINDS:
+        if recognised(path):
+            return lines_of(path)
+    inside = ", ".join(sorted(child.name for child in path.iterdir())[:8]) if path.is_dir() else "no folder"
+    raise ValueError(
+        f"{path} is nothing that is known here: no file of weights, no folder with model_index.json, config.json, "
+        f"manifest.json, plan.json or stages in it ({inside or 'it is empty'})"
+    )
+
+
+# ---- results of stages --------------------------------------------------------------------------------------------
+def is_stage(path: Path) -> bool:
+    return (path / "plan.json").is_file()
+
+
+def holds_stages(path: Path) -> bool:
+    """A run's folder, or that of a stage that keeps one folder for each fingerprint."""
+    return path.is_dir() and any(is_stage(child) or holds_stages(child) for child in path.iterdir() if child.is_dir())
+
+
+def describe_stage(path: Path) -> list[str]:
+    """Whose results they are, how far they got, and how many samples came through."""
+    folder = StageFolder(path, path.name)
+    plan = folder.read_plan()
+    shards, whole = folder.committed(), folder.record()
+    lines = [f"{path}: results of stage {plan['stage']}, fingerprint {plan['fingerprint'][:8]}"]
+    if whole is not None:
+        lines.append("  finished")
+    elif folder.manifest() is not None:
+        lines.append(f"  closed, {len(shards)} shards")
+    else:
+        lines.append(f"  not finished; shards committed: {len(shards)}")
+    records = list(shards.values()) if whole is None else [whole]
+    lines += _funnel_lines(folder, records) if records else []
+    checkpoints = sorted(child.name for child in path.glob("step-*") if (child / "COMMITTED").is_file())
+    return lines + ([f"  checkpoints: {', '.join(checkpoints)}"] if checkpoints else [])
+
+
+def _funnel_lines(folder: StageFolder, records: list[Record]) -> list[str]:
+    funnel = sum_funnel(records)
+    size = sum(record.bytes for record in records)
+    lines = [f"  {funnel['rows']:,} samples came in, {funnel['samples']:,} went out; {size:,} bytes"]
+    lines += [f"    dropped, {reason}: {count:,}" for reason, count in funnel["dropped"].items()]
+    wrong = [name for record in records for name in folder.missing_files(record)]
+    return lines + ([f"  missing or of another size: {', '.join(wrong)}"] if wrong else [])
+
+
+def describe_run(path: Path) -> list[str]:
+    """The stages in a folder, a line each; each can be asked after by itself."""
+    lines = [f"{path}: results of"]
+    for child in sorted(child for child in path.iterdir() if child.is_dir()):
+        if is_stage(child):
+            lines.append(f"  {child.name}: {describe_stage(child)[1].strip()}")
+        elif holds_stages(child):
+            lines.append(f"  {child.name}: {sum(map(is_stage, child.iterdir()))} results")
+    return lines
+
+
+# What a path may be, in the order of asking: whether it is that, and what there is to say of it. Another kind of file
+# is another row.
+KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], list[str]]]] = [
+    (inspect_weights.is_checkpoint, inspect_weights.describe_checkpoint),
+    (inspect_weights.is_pipeline, inspect_weights.describe_pipeline),
+    (inspect_weights.is_network, inspect_weights.describe_network),
+    (is_stage, describe_stage),
+    (holds_stages, describe_run),
+    (inspect_weights.is_file, inspect_weights.describe_file),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
