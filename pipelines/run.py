@@ -86,6 +86,8 @@ def run(config: Config, command: str) -> int:
             print("Everything is up to date.")
             return 0
         _check_inputs_present(dag, wanted)
+        if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
+            _check_model(config)
         for stage in wanted:
             if not statuses[stage].done:
                 _hold(dag, stage, stack)
@@ -134,6 +136,15 @@ def _check_inputs_present(dag: Dag, wanted: list[str]) -> None:
                 f"{stage} reads {read}, which is not there yet in {dag.home(read)}; "
                 f"make it with: python -m pipelines.run +stage={read} name={dag.config.name}"
             )
+
+
+def _check_model(config: Config) -> None:
+    from pipelines.model_check import check_model
+
+    try:
+        check_model(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> None:
