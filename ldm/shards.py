@@ -116,14 +116,14 @@ class ShardReader:
                 f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {row['size']} bytes read); "
                 f"make the shard again with: python -m pipelines.verify path={self.info.tar} repair=true"
             )
-        return dict(_members(data, key, self.info.tar))
+        return dict(sample_members(data, key, self.info.tar))
 
     def close(self) -> None:
         os.close(self.handle)
 
 
-def _members(data: bytes, key: str, tar: str) -> Iterator[tuple[str, bytes]]:
-    """The members in a stretch of a tar: 512 bytes of header, then content padded to 512."""
+def sample_members(data: bytes, key: str, tar: str) -> Iterator[tuple[str, bytes]]:
+    """(field, bytes) of the members in a sample's stretch of a tar: headers of 512 bytes, contents padded to 512."""
     at = 0
     while at + BLOCK <= len(data):
         header = data[at : at + BLOCK]

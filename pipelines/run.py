@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "--show" in arguments:
             print(json.dumps(compose_plain(overrides), indent=2, ensure_ascii=False))
             return 0
-        return run(compose(overrides), " ".join(arguments))
+        return run(compose(overrides), shlex.join(arguments))
     except (ConfigError, StaleError, LockedError, FileNotFoundError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return NO_SUCH_INPUT

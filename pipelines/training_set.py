@@ -9,7 +9,7 @@ from typing import Any
 from ldm.config import AutoencoderSettings
 from ldm.shards import ShardInfo, ShardReader
 from pipelines.dag import Job, weights_path
-from pipelines.manifest import Record, StageFolder
+from pipelines.manifest import Record, StageFolder, edition_digest
 from pipelines.selection import read_selection
 
 
@@ -23,7 +23,7 @@ class Sample:
 def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
     """The samples trained on, in key order: those of `precompute_latents` whose bit in train's selection is set."""
     masks = read_selection(train / "selection.parquet")
-    for shard, record in latents.committed().items():
+    for shard, record in closed_records(latents).items():
         reader = ShardReader(shard_info(latents, record))
         if len(masks.get(shard, ())) != len(reader):
             raise ValueError(
@@ -35,6 +35,22 @@ def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
                 fields = reader.read(i)
                 yield Sample(key, fields["txt"].decode(), fields)
         reader.close()
+
+
+def closed_records(latents: StageFolder) -> dict[int, Record]:
+    """The records of a closed stage. Raises when it is open, or when they are not those that its manifest lists."""
+    manifest = latents.manifest()
+    if manifest is None:
+        raise FileNotFoundError(f"{latents.path} is not closed; run +stage={latents.stage} first")
+    records = latents.committed()
+    found, listed = edition_digest([record.digest for record in records.values()]), manifest["digest"]
+    if found != listed:
+        raise ValueError(
+            f"{latents.path} holds {len(records)} shards with digest {found[:12]}, expected the "
+            f"{len(manifest['shards'])} shards of its manifest with {listed[:12]}; find out which with: "
+            f"python -m pipelines.verify path={latents.path}"
+        )
+    return records
 
 
 def samples_of(train: StageFolder) -> int:

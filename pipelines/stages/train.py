@@ -16,9 +16,9 @@ import numpy as np
 from pipelines import cluster
 from pipelines.dag import Job
 from pipelines.journal import Journal, journal_path
-from pipelines.manifest import Record, sha256_file, write_whole
+from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
 from pipelines.selection import all_samples, read_selection, select, write_selection
-from pipelines.training_set import autoencoder_settings, input_digests, shard_info
+from pipelines.training_set import autoencoder_settings, closed_records, input_digests, shard_info
 
 STOP = "stop"  # a file of this name in the stage's folder asks all workers to save and leave
 
@@ -73,16 +73,13 @@ def train_data(job: Job, selection: str) -> Any:
     from ldm.training.loader import TrainData
 
     latents = job.inputs["precompute_latents"]
-    manifest = latents.manifest()
-    if manifest is None:
-        raise FileNotFoundError(f"{latents.path} is not closed; run +stage=precompute_latents first")
-    masks, records = read_selection(job.output / "selection.parquet"), latents.committed()
+    masks, records = read_selection(job.output / "selection.parquet"), closed_records(latents)
     network = job.what["autoencoder"].network
     side = {record.facts["latent_side"] for record in records.values() if record.samples}
     return TrainData(
         shards=[shard_info(latents, record) for record in records.values()],
         used=[np.packbits(masks[shard]).tobytes() for shard in records],
-        edition=manifest["digest"],
+        edition=edition_digest([record.digest for record in records.values()]),
         selection=selection,
         field="moments.npy" if network.posterior == "kl" else "latent.npy",
         latent_shape=[network.latent_channels, *(2 * [side.pop()])],
