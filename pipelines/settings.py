@@ -31,7 +31,7 @@ class FilterMetadataConfig:
     """Which rows are worth a request. Applied in this order; each dropped row has one reason."""
 
     shard_samples: int  # rows of a shard
-    deny_lists: dict[str, str]  # column, or url_md5, url_sha256 -> text file, one value a line, of what must not come in
+    deny_lists: dict[str, str]  # column, url_md5 or url_sha256 -> text file of what must not come in
     deny_domains: list[str]  # hosts, and all hosts below them, that are not asked
     allow_domains: list[str]  # the only hosts that are asked; empty: all
     deny_urls: list[str]  # regular expressions (RE2), found anywhere in the URL

@@ -6,10 +6,9 @@ of rows with the same URL, the first one stays, across the whole set; a duplicat
 
 -> filter_metadata/000042.parquet {key, url, caption, and all else that dataset.source.columns maps}
 
-DuckDB does the work out of core, in two passes over each file. The first judges every row and keeps 24 bytes of those
-that stay; where two of these are equal, the second pass leaves the later one out while it deals the rows. Strings are
-compared by 128 bits of their hash. DuckDB reads the columns as plain values: what a file says of extension types, which
-other readers may turn into code, is not looked at.
+DuckDB does the work out of core: every file is read once, and the rows that stay wait (on disk, where memory is too
+small for them) until it is known which of them are equal. Equal is what has the same 128 bits of hash. DuckDB reads the
+columns as plain values: what a file says of extension types, which other readers may turn into code, is not looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import sample_web
-from pipelines.dag import ROOT, Job
+from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
-from pipelines.metadata_rules import NEEDED, SHAPE, check, deny_table, describe, quoted, rules
+from pipelines.metadata_rules import DUPLICATES, NEEDED, SHAPE, Rule, check, deny_table, describe, quoted, rules
 from pipelines.settings import FilterMetadataConfig, SourceConfig
 from pipelines.tab_separated import as_parquet
 
 ROW_BITS = 40  # a row's place in the whole set: its file, then its row in this many bits
 NUMBER = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT",
           "FLOAT", "DOUBLE", "DECIMAL")  # fmt: skip
+BATCH_ROWS = 1 << 16  # that DuckDB hands over at once
 WRITERS = 2  # threads that write shards while the next rows are read
 
 
-def sample_key(shard: int, row: int, shard_samples: int) -> str:
-    """The name of a sample for good: six digits of shard, then the row, as img2dataset counts them too."""
-    return f"{shard:06d}{row:0{math.ceil(math.log10(shard_samples))}d}"
+def key_digits(shard_samples: int) -> int:
+    """A sample's key is six digits of shard, then its row in so many digits, as img2dataset counts them too."""
+    return math.ceil(math.log10(shard_samples))
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -87,13 +88,13 @@ class MetadataSet:
         self.files = files
         if source.format == "tsv" and source.metadata is not None:
             self.files = [as_parquet(file, scratch / f"{i}.parquet", self.columns) for i, file in enumerate(files)]
-        self.database = duckdb.connect(str(scratch / "rows.duckdb"), config={
+        self.database = duckdb.connect(":memory:", config={
             "temp_directory": str(scratch), "threads": limits.threads, "memory_limit": f"{limits.memory_bytes}B",
-            "preserve_insertion_order": True, "enable_progress_bar": False, "autoinstall_known_extensions": False,
+            "preserve_insertion_order": True, "autoinstall_known_extensions": False,
         })  # fmt: skip
+        self.database.execute("SET enable_progress_bar = false")
         self.types = self._types(self.files[0])
         self.rules = rules(self.settings, set(self.columns))
-        self.samples = 0
 
     def __enter__(self) -> MetadataSet:
         return self
@@ -115,10 +116,8 @@ class MetadataSet:
 
     def _found(self, file: str) -> dict[str, str]:
         """The columns of a file and their types, checked against those that are mapped."""
-        try:
+        with _reading(file):
             asked = self.database.execute(f"DESCRIBE SELECT * FROM read_parquet({quoted(file)})").fetchall()
-        except duckdb.Error as error:
-            raise ValueError(f"{file} cannot be read as parquet: {error}. Replace it, or move it away") from error
         found = {name: kind for name, kind, *_ in asked}
         expected = ", ".join(f"{column} (our {name})" for name, column in self.columns.items())
         hint = f"expected {expected}; say what they are called there with dataset.source.columns"
@@ -129,92 +128,94 @@ class MetadataSet:
                 raise ValueError(f"{file}: column {self.columns[name]} holds {kind}, expected text; {hint}")
         return found
 
-    # -- first pass ---------------------------------------------------------------------------------------------------
+    # -- what falls ---------------------------------------------------------------------------------------------------
     def judge(self, new_from: int = 0) -> dict[str, int]:
         """Judges all rows; returns those of the files from number `new_from` on that fall, by reason."""
         self._load_deny_lists()
-        self.database.execute("CREATE TABLE kept (place BIGINT, url UHUGEINT, caption UBIGINT)")
-        dropped = Counter[str]()
+        kinds = ", ".join(f"{name} {kind}" for name, kind in self.types.items())
+        self.database.execute(f"CREATE TABLE rows (place BIGINT, fate UTINYINT, same UHUGEINT, {kinds})")
         for number, file in enumerate(self.files):
             self._found(file)
-            counts = self._judge_file(number, file)
-            if number >= new_from:
-                dropped += counts
-        dropped += self._find_duplicates(new_from)
-        return dict(sorted(dropped.items()))
+            self._judge_file(number, file)
+        counts = self.database.execute(
+            f"SELECT fate, count(*) FROM rows WHERE fate > 0 AND place >= {_place(new_from)} GROUP BY fate"
+        )
+        dropped = Counter({self.rules[fate - 1].reason: count for fate, count in counts.fetchall()})
+        return dict(sorted((dropped + self._find_duplicates(new_from)).items()))
 
     def _load_deny_lists(self) -> None:
         """One value a line: URLs, hashes in hex, or whatever the column of that name holds."""
         for name, file in self.settings.deny_lists.items():
-            path = Path(file) if Path(file).is_absolute() else ROOT / file
-            values = {line.strip() for line in path.read_text().splitlines()} - {""}
+            values = {line.strip() for line in weights_path(file).read_text().splitlines()} - {""}
             values = values if name == "url" else {value.lower() for value in values}
             listed = pa.table({"value": pa.array(sorted(values), pa.string())})  # noqa: F841 (DuckDB sees it by name)
             self.database.execute(f"CREATE TABLE {deny_table(name)} AS SELECT value FROM listed")
 
-    def _judge_file(self, number: int, file: str) -> Counter[str]:
-        """Adds the rows of one file that stay to `kept`; returns the others by reason."""
-        # hash() is 64 bits: enough for captions, which are compared among rows of one URL only.
-        self.database.execute(
-            f"CREATE OR REPLACE TEMP TABLE judged AS SELECT {number}::BIGINT << {ROW_BITS} | file_row_number AS place, "
-            f"{self._fate()} AS fate, CASE WHEN fate = 0 THEN md5_number(url) END AS url, "
-            f"CASE WHEN fate = 0 THEN hash(caption) END AS caption FROM ({self._read(file)})"
-        )
-        self.database.execute("INSERT INTO kept SELECT place, url, caption FROM judged WHERE fate = 0")
-        counts = self.database.execute("SELECT fate, count(*) FROM judged WHERE fate > 0 GROUP BY fate").fetchall()
-        self.database.execute("DROP TABLE judged")
-        return Counter({self.rules[fate - 1].reason: count for fate, count in counts})
-
-    def _fate(self) -> str:
-        """The number of the first rule that holds, counted from 1, or 0."""
-        return "CASE " + " ".join(f"WHEN {rule.sql} THEN {i}" for i, rule in enumerate(self.rules, 1)) + " ELSE 0 END"
-
-    def _read(self, file: str) -> str:
+    def _judge_file(self, number: int, file: str) -> None:
+        """Adds the rows of one file, of those that fall only their place and the number of the rule."""
         names = ", ".join(f'TRY_CAST("{column}" AS {self.types[name]}) AS {name}'
                           for name, column in self.columns.items())
-        return f"SELECT {names}, file_row_number FROM read_parquet({quoted(file)}, file_row_number = true)"
+        kept = ", ".join(f"CASE WHEN fate = 0 THEN {value} END" for value in ("md5_number(url)", *self.columns))
+        read = f"SELECT {names}, file_row_number FROM read_parquet({quoted(file)}, file_row_number = true)"
+        judged = f"SELECT *, {_fate(self.rules)} AS fate FROM ({read})"
+        with _reading(file):
+            self.database.execute(
+                f"INSERT INTO rows SELECT {_place(number)} + file_row_number, fate, {kept} FROM ({judged})"
+            )
 
     def _find_duplicates(self, new_from: int) -> Counter[str]:
         """Fills `duplicates` with the places of rows that repeat an earlier one; counts those of the new files."""
-        both, one = ("url_caption" in self.settings.deduplicate, "url" in self.settings.deduplicate)
-        same = "url" if one else "url, caption"
-        reason = "CASE WHEN place = first_of_both THEN 'duplicate_url' ELSE 'duplicate_url_caption' END"
-        if not both:
-            reason = "'duplicate_url'"
-        if not one:
-            reason = "'duplicate_url_caption'"
+        same = {"url": "same", "url_caption": "same, hash(caption)"}
+        first = {name: f"min(place) OVER (PARTITION BY {same[name]})" for name in self.settings.deduplicate}
         self.database.execute("CREATE TABLE duplicates (place BIGINT, reason VARCHAR)")
-        if both or one:
+        if first:
+            key = same["url" if "url" in first else "url_caption"]
+            cases = " ".join(f"WHEN place > {first[name]} THEN {quoted(reason)}"
+                             for name, reason in DUPLICATES.items() if name in first)
             self.database.execute(
-                f"INSERT INTO duplicates SELECT place, {reason} FROM ("
-                f"SELECT place, first, min(place) OVER (PARTITION BY url, caption) AS first_of_both FROM kept "
-                f"JOIN (SELECT {same}, min(place) AS first FROM kept GROUP BY {same} HAVING count(*) > 1) "
-                f"USING ({same})) WHERE place <> first"
+                f"INSERT INTO duplicates SELECT place, reason FROM (SELECT place, CASE {cases} END AS reason FROM rows "
+                f"WHERE fate = 0 AND ({key}) IN (SELECT ({key}) FROM rows WHERE fate = 0 GROUP BY {key} "
+                f"HAVING count(*) > 1)) WHERE reason IS NOT NULL"
             )
-        new = f"place >= {new_from}::BIGINT << {ROW_BITS}"
-        (kept,) = self.database.execute(f"SELECT count(*) FROM kept WHERE {new}").fetchone()
-        counts = self.database.execute(f"SELECT reason, count(*) FROM duplicates WHERE {new} GROUP BY reason").fetchall()
-        self.database.execute("DROP TABLE kept")
-        self.samples = kept - sum(count for _, count in counts)
-        return Counter(dict(counts))
+        counts = self.database.execute(
+            f"SELECT reason, count(*) FROM duplicates WHERE place >= {_place(new_from)} GROUP BY reason"
+        )
+        return Counter(dict(counts.fetchall()))
 
-    # -- second pass --------------------------------------------------------------------------------------------------
+    # -- what stays ---------------------------------------------------------------------------------------------------
     def kept(self, new_from: int = 0) -> Iterator[pa.Table]:
-        """The rows that stay, in order, in tables of any length."""
-        for number, file in enumerate(self.files[new_from:], new_from):
+        """The rows that stay, of the files from number `new_from` on, in order, in tables of any length."""
+        for number in range(new_from, len(self.files)):
+            within = f"place >= {_place(number)} AND place < {_place(number + 1)}"
+            repeated = self.database.sql(f"SELECT place FROM duplicates WHERE {within} ORDER BY place").fetchnumpy()
             before = -1
-            for batch in self._kept_of(number, file):
-                places = batch["file_row_number"].to_numpy()
-                if before >= places[0] or (np.diff(places) <= 0).any():
-                    raise RuntimeError(f"DuckDB {duckdb.__version__} gave the rows of {file} out of their order")
-                before = places[-1]
-                yield pa.Table.from_batches([batch]).drop(["file_row_number"])
+            stored = f"SELECT place, {', '.join(self.columns)} FROM rows WHERE fate = 0 AND {within}"
+            for batch in self.database.sql(stored).to_arrow_reader(BATCH_ROWS):
+                places = batch["place"].to_numpy()
+                if (np.diff(places, prepend=before) <= 0).any():
+                    raise RuntimeError(f"DuckDB {duckdb.__version__} gave rows out of their order; expected ascending")
+                before = places[-1] if len(places) else before
+                stay = np.isin(places, repeated["place"], assume_unique=True, kind="sort", invert=True)
+                yield pa.Table.from_batches([batch]).drop(["place"]).filter(pa.array(stay))
 
-    def _kept_of(self, number: int, file: str) -> Iterator[pa.RecordBatch]:
-        stays = self._fate().replace("CASE", "0 = CASE", 1)
-        repeated = f"SELECT place & ((1::BIGINT << {ROW_BITS}) - 1) FROM duplicates WHERE place >> {ROW_BITS} = {number}"
-        query = f"SELECT * FROM ({self._read(file)}) WHERE {stays} AND file_row_number NOT IN ({repeated})"
-        return (batch for batch in self.database.execute(query).to_arrow_reader(1 << 16) if batch.num_rows)
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Names the file when DuckDB cannot read it: cut off, damaged, no parquet, or text that is no UTF-8."""
+    try:
+        yield
+    except (duckdb.InvalidInputException, duckdb.IOException) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{file} cannot be read as parquet: {first} Replace it, or move it away") from error
+
+
+def _place(file: int) -> str:
+    return f"({file}::BIGINT << {ROW_BITS})"
+
+
+def _fate(rules: list[Rule]) -> str:
+    """The number of the first rule that holds, counted from 1, or 0."""
+    return "CASE " + " ".join(f"WHEN {rule.sql} THEN {i}" for i, rule in enumerate(rules, 1)) + " ELSE 0 END"
 
 
 # -- the shards -------------------------------------------------------------------------------------------------------
@@ -250,8 +251,8 @@ def _cut(tables: Iterator[pa.Table], shard_samples: int) -> Iterator[pa.Table]:
 
 
 def _commit(job: Job, shard: int, table: pa.Table) -> Record:
-    shard_samples = job.what["dataset.filter_metadata"].shard_samples
-    keys = pa.array([sample_key(shard, row, shard_samples) for row in range(table.num_rows)])
+    digits = key_digits(job.what["dataset.filter_metadata"].shard_samples)
+    keys = pa.array([f"{shard_name(shard)}{row:0{digits}d}" for row in range(table.num_rows)])
     with job.output.attempt(shard, job.fingerprint) as attempt:
         path = attempt.path / f"{shard_name(shard)}.parquet"
         pq.write_table(table.add_column(0, "key", keys).combine_chunks(), path, compression="zstd")

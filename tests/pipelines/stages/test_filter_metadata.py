@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ from pipelines.stages import filter_metadata
 
 COLUMNS = {"url": "URL", "caption": "TEXT", "width": "WIDTH", "height": "HEIGHT", "similarity": "similarity"}
 SETTINGS = FilterMetadataConfig(
-    shard_samples=4, min_size=100, max_aspect=3.0, bounds={"similarity": [0.28, 1.0]}, min_caption_chars=5
-)
+    shard_samples=4, deny_lists={}, deny_domains=[], allow_domains=[], deny_urls=[], allow_urls=[], min_size=100,
+    max_aspect=3.0, bounds={"similarity": [0.28, 1.0]}, one_of={}, min_caption_chars=5, min_caption_words=1,
+    max_caption_chars=None, deduplicate=["url_caption", "url"],
+)  # fmt: skip
 
 
 def row(number: int, **changes: Any) -> dict[str, Any]:
@@ -27,12 +32,17 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
             "similarity": 0.3, **changes}
 
 
-def make_job(folder: Path, rows: list[list[dict[str, Any]]], columns: dict[str, str] = COLUMNS) -> Job:
+def make_job(
+    folder: Path, rows: list[list[dict[str, Any]]], columns: Mapping[str, str | None] = COLUMNS, **changes: Any
+) -> Job:
     for i, part in enumerate(rows):
         pq.write_table(pa.Table.from_pylist(part), folder / f"part-{i:05d}.parquet")
+    return job_of(folder, SourceConfig(str(folder / "part-*.parquet"), "parquet", dict(columns)), **changes)
+
+
+def job_of(folder: Path, source: SourceConfig, **changes: Any) -> Job:
     job = Dag(compose([])).job("filter_metadata")
-    what = {**job.what, "dataset.source": SourceConfig(str(folder / "part-*.parquet"), columns),
-            "dataset.filter_metadata": SETTINGS}
+    what = {**job.what, "dataset.source": source, "dataset.filter_metadata": replace(SETTINGS, **changes)}
     return replace(job, what=what, output=StageFolder(folder / "out", "filter_metadata"))
 
 
@@ -86,20 +96,217 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+# -- each rule --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes, fallen", [
+    ({"deny_domains": ["b.test"]}, {2: "denied_domain", 3: "denied_domain"}),
+    ({"allow_domains": ["b.test"]}, {0: "other_domain", 1: "other_domain", 4: "other_domain"}),
+    ({"deny_urls": [r"\.gif$", "thumb"]}, {1: "denied_url"}),
+    ({"allow_urls": [r"\.jpg$"]}, {1: "other_url", 4: "other_url"}),
+    ({"one_of": {"language": ["en"]}}, {3: "language", 4: "language"}),
+    ({"min_caption_words": 3}, {0: "few_words"}),
+    ({"max_caption_chars": 20}, {4: "long_caption"}),
+    ({"bounds": {"aesthetic": [5.0, None]}}, {2: "aesthetic", 4: "aesthetic"}),
+], ids=str)  # fmt: skip
+def test_each_filter_is_a_value(tmp_path: Path, changes: dict[str, Any], fallen: dict[int, str]) -> None:
+    urls = ["http://a.test/0.jpg", "http://a.test/1.gif", "http://sub.B.test:80/2.jpg", "http://me@b.test/3.jpg",
+            "http://notb.test/4"]  # fmt: skip
+    captions = ["two words", "one two three", "one  two\tthree", "one two three", "one two three, and then some more"]
+    extra = list(zip(["en", "en", "en", "fr", None], [6.0, 5.0, 4.9, 7.0, None], strict=True))
+    rows = [row(i, URL=urls[i], TEXT=captions[i], LANGUAGE=extra[i][0], AESTHETIC=extra[i][1]) for i in range(5)]
+    columns = {**COLUMNS, "language": "LANGUAGE", "aesthetic": "AESTHETIC"}
+    job = make_job(tmp_path, [rows], columns, **{"bounds": {}, **changes})
+    assert filter_metadata.run(job)["dropped"] == Counter(fallen.values())
+    assert [r["url"] for r in read(job)] == [url for i, url in enumerate(urls) if i not in fallen]
+
+
+@pytest.mark.parametrize("name, values", [
+    ("url", ["http://a.test/1"]), ("url_md5", [hashlib.md5(b"http://a.test/1").hexdigest().upper()]),
+    ("url_sha256", [hashlib.sha256(b"http://a.test/1").hexdigest()]), ("hash", ["-77", "12"]),
+])  # fmt: skip
+def test_deny_lists_of_urls_and_hashes_count_by_content(tmp_path: Path, name: str, values: list[str]) -> None:
+    (tmp_path / "deny.txt").write_text("\n".join([*values, "", "something else "]))
+    rows = [row(0, HASH=5), row(1, HASH=-77), row(2, HASH=None)]
+    job = make_job(tmp_path, [rows], {**COLUMNS, "hash": "HASH"}, deny_lists={name: str(tmp_path / "deny.txt")})
+    assert filter_metadata.run(job)["dropped"] == {f"denied_{name}": 1}
+    assert [r["url"] for r in read(job)] == ["http://a.test/0", "http://a.test/2"]
+    given = f"dataset.filter_metadata.deny_lists={{{name}: {tmp_path / 'deny.txt'}}}"
+    before = Dag(compose([given])).fingerprints["filter_metadata"]
+    (tmp_path / "deny.txt").write_text("another")
+    assert Dag(compose([given])).fingerprints["filter_metadata"] != before
+
+
+def test_what_counts_as_a_duplicate_is_a_value(tmp_path: Path) -> None:
+    rows = [row(0), row(0), row(0, TEXT="another caption"), row(1)]
+    for same, dropped in {
+        (): {}, ("url",): {"duplicate_url": 2}, ("url_caption",): {"duplicate_url_caption": 1},
+        ("url_caption", "url"): {"duplicate_url": 1, "duplicate_url_caption": 1},
+    }.items():  # fmt: skip
+        folder = tmp_path / "-".join(("x", *same))
+        folder.mkdir()
+        assert filter_metadata.run(make_job(folder, [rows], deduplicate=list(same)))["dropped"] == dropped
+    with pytest.raises(ValueError, match=r"deduplicate: found \['caption'\]; expected some of"):
+        filter_metadata.run(make_job(tmp_path, [rows], deduplicate=["caption"]))
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+SCHEMAS: dict[str, dict[str, Any]] = {  # columns and types as the data sets publish them
+    "laion400m": {"SAMPLE_ID": 1, "URL": "u", "TEXT": "t", "HEIGHT": 300, "WIDTH": 400, "LICENSE": "?",
+                  "NSFW": "UNLIKELY", "similarity": 0.33},
+    "laion2b_en": {"SAMPLE_ID": 1, "URL": "u", "TEXT": "t", "HEIGHT": 400, "WIDTH": 300, "LICENSE": "?",
+                   "NSFW": "UNLIKELY", "similarity": 0.33},
+    "laion2b_en_joined": {"URL": "u", "TEXT": "t", "WIDTH": 400, "HEIGHT": 300, "similarity": 0.33, "hash": -9,
+                          "punsafe": 0.1, "pwatermark": 0.1},
+    "laion_aesthetics_v2": {"URL": "u", "TEXT": "t", "WIDTH": 400.0, "HEIGHT": 300.0, "similarity": 0.33,
+                            "punsafe": 0.1, "pwatermark": 0.1, "AESTHETIC_SCORE": 6.5, "hash": -9,
+                            "__index_level_0__": 4},
+    "relaion": {"url": "u", "caption": "t", "width": 400, "height": 300, "punsafe": 0.1, "pwatermark": 0.1},
+    "coyo700m": {"id": 1, "url": "u", "text": "t", "width": 400, "height": 300, "image_phash": "ff", "text_length": 9,
+                 "num_faces": 0, "clip_similarity_vitb32": 0.3, "clip_similarity_vitl14": 0.3,
+                 "nsfw_score_opennsfw2": 0.1, "nsfw_score_gantman": 0.1, "watermark_score": 0.1,
+                 "aesthetic_score_laion_v2": 5.5},
+    "datacomp": {"uid": "f" * 32, "url": "u", "text": "t", "original_width": 400, "original_height": 300,
+                 "clip_b32_similarity_score": 0.3, "clip_l14_similarity_score": 0.3, "face_bboxes": [[0.1]],
+                 "sha256": "f" * 64},
+    "pd12m": {"id": "x", "url": "u", "s3_key": "k", "caption": "t", "hash": "f" * 32, "width": 400, "height": 300,
+              "mime_type": "image/jpeg", "license": "CC0", "source": "s"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schemas_of_the_known_data_sets_are_read(tmp_path: Path, name: str) -> None:
+    dataset, good = compose([f"dataset={name}"]).dataset, dict(SCHEMAS[name])
+    url, caption = (str(dataset.source.columns[ours]) for ours in ("url", "caption"))
+    rows = [{**good, url: f"https://a.test/{i}", caption: f"a caption of four words, {i}"} for i in range(3)]
+    small = str(dataset.source.columns["height"])
+    rows[1] = {**rows[1], small: 20 * type(good[small])(1)}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "part-0.parquet")
+    job = job_of(tmp_path, replace(dataset.source, metadata=str(tmp_path / "part-0.parquet")))
+    job = replace(job, what={**job.what, "dataset.filter_metadata": dataset.filter_metadata})
+    assert filter_metadata.run(job) == {"rows": 3, "samples": 2, "dropped": {"too_small": 1}}
+    assert [r["url"] for r in read(job)] == ["https://a.test/0", "https://a.test/2"]
+    assert {(r["width"], r["height"]) for r in read(job)} == {(400, 300)}
+
+
+def test_tab_separated_metadata_whatever_is_in_a_line(tmp_path: Path) -> None:
+    lines = [b"http://a.test/0\ta caption of some words", b'http://a.test/1\t"quotes" and\ttabs in it',
+             b"http://a.test/2", b"", b"http://a.test/3\tbroken \xff bytes in here\r",
+             b"http://a.test/4\tlast one without an end"]  # fmt: skip
+    (tmp_path / "cc12m.tsv").write_bytes(b"\n".join(lines))
+    source = replace(compose(["dataset=cc12m"]).dataset.source, metadata=str(tmp_path / "cc12m.tsv"))
+    job = job_of(tmp_path, source, bounds={})
+    assert filter_metadata.run(job) == {"rows": 6, "samples": 4, "dropped": {"no_caption": 1, "no_url": 1}}
+    assert [r["caption"] for r in read(job)] == ["a caption of some words", '"quotes" and\ttabs in it',
+                                                 "broken \ufffd bytes in here", "last one without an end"]  # fmt: skip
+    with pytest.raises(ValueError, match="found 'URL', but a tsv file has no header; expected column0"):
+        filter_metadata.run(job_of(tmp_path, replace(source, columns={"url": "URL", "caption": "column1"}), bounds={}))
+
+
+def test_columns_that_a_data_set_lacks_are_not_filtered_on_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"url": "URL", "caption": "TEXT", "width": None, "height": None, "similarity": None, "language": None}
+    job = make_job(tmp_path, [[row(0, WIDTH=1, similarity=0.0)]], columns, one_of={"language": ["en"]})
+    assert filter_metadata.run(job)["samples"] == 1
+    said = capsys.readouterr().out
+    assert "no such column: width, height, similarity, language" in said
+    order = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
+    assert order == ["no_url", "no_caption", "short_caption", "control_characters", "duplicate_url_caption",
+                     "duplicate_url"]  # fmt: skip
+
+
 def test_a_missing_column_shows_found_and_expected(tmp_path: Path) -> None:
     job = make_job(tmp_path, [[row(0)]], {**COLUMNS, "caption": "CAPTION"})
-    with pytest.raises(ValueError, match="no column CAPTION; it has URL, TEXT, .* dataset.source.columns"):
+    with pytest.raises(ValueError, match=r"no column CAPTION; it has URL, TEXT, .* expected .*CAPTION \(our caption\)"):
         filter_metadata.run(job)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(ValueError, match="part-00001.parquet has no column similarity"):
+        filter_metadata.run(make_job(other, [[row(0)], [{"URL": "u", "TEXT": "t", "WIDTH": 1, "HEIGHT": 1}]]))
+
+
+@pytest.mark.parametrize("bad", [5, b"bytes", [1.0], {"a": "b"}])
+def test_a_url_that_is_no_text_is_refused_with_its_type(tmp_path: Path, bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"column URL holds .*, expected text; expected URL \(our url\)"):
+        filter_metadata.run(make_job(tmp_path, [[row(0, URL=bad)]]))
 
 
 def test_a_score_without_a_column_is_named(tmp_path: Path) -> None:
     job = make_job(tmp_path, [[row(0)]], {"url": "URL", "caption": "TEXT"})
-    with pytest.raises(ValueError, match="does not say which columns hold similarity"):
+    with pytest.raises(ValueError, match="does not say which columns hold similarity; it has url, caption"):
+        filter_metadata.run(job)
+
+
+def test_files_may_differ_in_the_types_of_their_numbers(tmp_path: Path) -> None:
+    rows = [row(0, WIDTH=200.0, similarity="0.3"), row(1, WIDTH="wide"), row(2, WIDTH="300", similarity="0.31")]
+    job = make_job(tmp_path, [[r] for r in rows])
+    assert filter_metadata.run(job)["dropped"] == {"too_small": 1}
+    assert [(r["width"], r["similarity"]) for r in read(job)] == [(200.0, 0.3), (300.0, 0.31)]
+
+
+# -- hostile files ----------------------------------------------------------------------------------------------------
+def canary_type(canary: Path) -> type[pa.ExtensionType]:
+    """An extension type as a library may register it, which runs code of the file's choice when it is read."""
+
+    class Loaded(pa.ExtensionType):
+        def __init__(self) -> None:
+            super().__init__(pa.string(), "tests.loaded")
+
+        def __arrow_ext_serialize__(self) -> bytes:
+            return b"anything"
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> pa.ExtensionType:
+            canary.touch()
+            return cls()
+
+    return Loaded
+
+
+def test_extension_types_execute_nothing(tmp_path: Path) -> None:
+    kind, canary = canary_type(tmp_path / "canary"), tmp_path / "canary"
+    pa.register_extension_type(kind())
+    try:
+        captions = pa.ExtensionArray.from_storage(kind(), pa.array(["a caption", "another caption"]))
+        table = pa.Table.from_pylist([row(0), row(1)]).set_column(1, "TEXT", captions)
+        pq.write_table(table, tmp_path / "part-00000.parquet")
+        job = job_of(tmp_path, SourceConfig(str(tmp_path / "part-*.parquet"), "parquet", dict(COLUMNS)))
+        canary.unlink(missing_ok=True)
+        assert filter_metadata.run(job)["samples"] == 2
+        assert not canary.exists()
+        pq.read_schema(tmp_path / "part-00000.parquet")  # the sabotage twin: how one reads a schema otherwise
+        assert canary.exists()
+    finally:
+        pa.unregister_extension_type("tests.loaded")
+
+
+def test_hostile_rows_are_dropped_by_reason_and_the_run_finishes(tmp_path: Path) -> None:
+    rows = [
+        row(0, TEXT="x" * 10_000_000), row(1, TEXT="NUL \0 inside"), row(2, URL="http://a.test/\x07"),
+        row(3, WIDTH=float("nan")), row(4, WIDTH=float("inf"), HEIGHT=float("inf")), row(5, WIDTH=-5.0),
+        row(6, similarity=float("-inf")), row(7, TEXT="\t \n "), row(8, URL="\n"),
+        row(9, TEXT="bidi \u202e back"), row(9, TEXT="bidi \u202e back"),
+        row(10, URL=None, TEXT=None, WIDTH=None, HEIGHT=None, similarity=None),
+    ]  # fmt: skip
+    for some in rows:
+        some["WIDTH"] = None if some["WIDTH"] is None else float(some["WIDTH"])
+    job = make_job(tmp_path, [rows], max_caption_chars=1000)
+    assert filter_metadata.run(job) == {"rows": 12, "samples": 1, "dropped": {
+        "control_characters": 2, "duplicate_url_caption": 1, "long_caption": 1, "no_caption": 1, "no_url": 2,
+        "similarity": 1, "too_small": 3,
+    }}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-20], lambda data: b"PAR1" + data[:50], lambda data: b"",
+                                   lambda data: data.replace(b"caption 1", b"caption \xff")])  # fmt: skip
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    job, path = make_job(tmp_path, [[row(0)], [row(1)]]), tmp_path / "part-00001.parquet"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match="part-00001.parquet cannot be read as parquet.* move it away"):
         filter_metadata.run(job)
 
 
 def test_hostile_captions_are_text_and_nothing_else(tmp_path: Path) -> None:
-    nasty = ["'; DROP TABLE rows; --", "NUL \0 inside", "bidi \u202e reversed", "x" * 1_000_000, "${oc.env:HOME}"]
+    nasty = ["'; DROP TABLE rows; --", "${jndi:ldap://x}", "bidi \u202e reversed", "x" * 1_000_000, "${oc.env:HOME}"]
     job = make_job(tmp_path, [[row(i, TEXT=text) for i, text in enumerate(nasty)]])
     filter_metadata.run(job)
     assert [r["caption"] for r in read(job)] == nasty
