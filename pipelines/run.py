@@ -27,6 +27,7 @@ from pipelines.config import Config, ConfigError, compose, compose_plain, option
 from pipelines.dag import ROOT, STAGES, Dag, Status, check_stage_name, connected, reads, what_of
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
+from pipelines.summary import funnel_rows, pointers, summary
 
 NO_SUCH_INPUT = 2  # exit code of everything that the caller can mend
 
@@ -314,39 +315,6 @@ def code_version() -> str:
         return "unknown"
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return commit.stdout.strip() + ("+" if changed.stdout else "")
-
-
-def funnel_rows(dag: Dag, wanted: list[str]) -> list[dict[str, Any]]:
-    """One row for each stage: in, out, dropped, seconds of work over all its runs."""
-    rows = []
-    for stage in wanted:
-        status = dag.statuses[stage]
-        note = status.job.output / "run.json"
-        runs = read_json(note)["runs"] if note.exists() else []
-        funnel = status.funnel or {"rows": 0, "samples": 0, "dropped": {}}
-        rows.append({
-            "stage": stage, "in": funnel["rows"], "out": funnel["samples"], "dropped": sum(funnel["dropped"].values()),
-            "seconds": round(sum(run["seconds"] for run in runs), 1), "done": status.done,
-        })  # fmt: skip
-    return rows
-
-
-def summary(dag: Dag, wanted: list[str]) -> str:
-    """The table that a run ends with."""
-    lines = [f"{'stage':<20}{'in':>10}{'out':>10}{'dropped':>10}{'seconds':>10}"]
-    for row in funnel_rows(dag, wanted):
-        open_note = "" if row["done"] else "   open"
-        lines.append(f"{row['stage']:<20}{row['in']:>10}{row['out']:>10}{row['dropped']:>10}{row['seconds']:>10}{open_note}")
-    return "\n" + "\n".join(lines) + "\n"
-
-
-def pointers(dag: Dag) -> str:
-    """Where to look next, as far as it is there."""
-    from pipelines.tracking import page_command
-
-    places = [("pictures", "generate/grid.png"), ("figures", "evaluate/metrics.json"), ("report", "report.html")]
-    lines = [f"{label:<10}{dag.run_folder / name}" for label, name in places if (dag.run_folder / name).exists()]
-    return "\n".join([*lines, f"{'MLflow':<10}{page_command(dag.config.tracking, dag.run_folder)}"])
 
 
 if __name__ == "__main__":
