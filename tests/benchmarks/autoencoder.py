@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.autoencoder --size 128 --repeats 7 --threads 2
 
-Runs are interleaved and the fastest of each counts, so that a busy machine slows all alike. Outputs are compared
-before anything is timed.
+Runs are interleaved, so that a busy machine slows all alike; medians, fastest and slowest are printed, and the memory
+that a run adds at its peak. Outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import statistics
 import time
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ldm.config import AutoencoderSettings
 from ldm.models.autoencoder import Autoencoder, make_autoencoder
 from ldm.models.winograd import use_winograd
+from tests.benchmarks.unet_step import peak_megabytes
 from tests.ldm.models import settings
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -65,7 +67,7 @@ def make_pair() -> tuple[Autoencoder, nn.Module]:
 
 @torch.inference_mode()
 def measure(size: int, batch: int, repeats: int, clock: Callable[[], float]) -> None:
-    """Prints the fastest of `repeats` interleaved runs of each network, task and memory format."""
+    """Prints a table of `repeats` interleaved runs of each network, task and memory format."""
     ours, theirs = make_pair()
     fewer_products = copy.deepcopy(ours)
     use_winograd(fewer_products)
@@ -84,6 +86,7 @@ def measure(size: int, batch: int, repeats: int, clock: Callable[[], float]) -> 
     }
     for task, runs in tasks.items():
         times: dict[tuple[str, str], list[float]] = {}
+        memory: dict[tuple[str, str], float] = {}
         for repeat in range(-1, repeats):  # the one before the first warms up, and is compared instead of timed
             for name, memory_format in FORMATS.items():
                 outputs = {}
@@ -93,26 +96,31 @@ def measure(size: int, batch: int, repeats: int, clock: Callable[[], float]) -> 
                     outputs[who] = run()
                     if repeat >= 0:
                         times.setdefault((who, name), []).append(clock() - start)
+                    else:
+                        memory[who, name] = peak_megabytes(run)
                 if repeat < 0:
                     for output in outputs.values():
                         torch.testing.assert_close(output, outputs["diffusers"], rtol=1e-4, atol=1e-4)
-        report(task, f"{batch} x 3 x {size} x {size}", {key: min(values) for key, values in times.items()})
+        report(f"{task} {batch} x 3 x {size} x {size}", times, memory)
 
 
-def report(task: str, shape: str, best: dict[tuple[str, str], float]) -> None:
-    print(f"{task} {shape}, float32, {torch.get_num_threads()} threads:")
-    for (who, name), value in best.items():
-        print(f"  {who:18} {name:13} {value:.3f} s")
-    theirs = min(value for (who, _), value in best.items() if who == "diffusers")
-    for name in sorted({who for who, _ in best} - {"diffusers"}):
-        print(f"  best of diffusers / best of {name}: {theirs / min(v for (w, _), v in best.items() if w == name):.2f}")
+def report(title: str, times: dict[tuple[str, str], list[float]], memory: dict[tuple[str, str], float]) -> None:
+    print(f"{title}, float32, {torch.get_num_threads()} threads: median (fastest to slowest)")
+    for (who, name), taken in times.items():
+        spread = f"({min(taken):.3f} to {max(taken):.3f})"
+        print(f"  {who:18} {name:13} {statistics.median(taken):7.3f} s {spread}  {memory[who, name]:6.0f} MB")
+    for figure in (statistics.median, min):
+        best = {who: min(figure(taken) for (w, _), taken in times.items() if w == who) for who, _ in times}
+        for who in sorted(best.keys() - {"diffusers"}):
+            ratio = best["diffusers"] / best[who]
+            print(f"  best of diffusers / best of {who}: {ratio:.2f} by {'fastest' if figure is min else 'median'}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved runs, of which the fastest counts")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved runs")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine: not the clock on the wall")
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import re
 import statistics
 import time
@@ -159,9 +160,10 @@ def seconds(run: Callable[..., None], batch: tuple[Tensor, ...], clock: Callable
     return clock() - start
 
 
-def peak_megabytes(run: Callable[..., None], batch: tuple[Tensor, ...]) -> float:
+def peak_megabytes(run: Callable[..., object], *batch: Tensor) -> float:
     """What a run adds to the process's memory at its peak (Linux)."""
     status = Path("/proc/self/status")
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed and the allocator kept would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
     run(*batch)
@@ -195,7 +197,7 @@ def measure(
         print(f"{task}: median (fastest to slowest) of {repeats}")
         for contender in contenders:
             taken = times[contender.name]
-            memory = f"  {peak_megabytes(contender.train_step, batch):6.0f} MB" if task == "train_step" else ""
+            memory = f"  {peak_megabytes(contender.train_step, *batch):6.0f} MB" if task == "train_step" else ""
             spread = f"({min(taken):.3f} to {max(taken):.3f})"
             print(f"  {contender.name:48} {statistics.median(taken):7.3f} s {spread}{memory}")
         report_ratio(times)

@@ -40,6 +40,45 @@ def test_values_and_gradients(c: int, out: int, h: int, w: int, memory_format: t
     assert [relative(found, right) < 3e-5 for found, right in pairs] == [True] * 4
 
 
+@pytest.mark.parametrize("tiles", [1, 3, 8, 20, 100])
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_strips_of_any_size_make_the_same(tiles: int, no_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of tiles at once, one picture, or several of the two."""
+    given = inputs(5, 7, 16, 12, torch.channels_last)
+    monkeypatch.setattr(winograd, "STRIP_TILES", tiles)
+    count = len(list(winograd.strips(2, 16, 12)))
+    assert count == {1: 8, 3: 8, 8: 4, 20: 2, 100: 1}[tiles]
+    if no_grad:
+        conv = nn.Conv2d(5, 7, 3, padding=1).requires_grad_(False)
+        x = given[0].detach()
+        found = winograd.convolve_strips(x, winograd.kept_weight(conv), conv.bias, keep=None)
+        assert relative(found, conv(x)) < 3e-5
+        return
+    y, grad = Winograd.apply(*given), torch.randn(2, 7, 16, 12)
+    for found, right in zip(torch.autograd.grad(y, given, grad),
+                            torch.autograd.grad(F.conv2d(*given, padding=1), given, grad), strict=True):  # fmt: skip
+        assert relative(found, right) < 3e-5
+
+
+@torch.no_grad()
+def test_a_kept_weight_is_made_again_when_the_weight_changes() -> None:
+    conv, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(4, 64, 16, 16)
+    use_winograd(conv)
+    first = conv(x)
+    kept = conv.winograd[1]
+    conv(x)
+    assert conv.winograd[1] is kept and list(conv.state_dict()) == ["weight", "bias"]
+    conv.weight.mul_(2)
+    torch.testing.assert_close(conv(x) - conv.bias[:, None, None], 2 * (first - conv.bias[:, None, None]))
+    conv.load_state_dict({"weight": torch.zeros(64, 64, 3, 3), "bias": torch.ones(64)})
+    assert (conv(x) == 1).all()
+    with torch.inference_mode():
+        loaded = nn.Conv2d(64, 64, 3, padding=1)
+        expected = loaded(x)
+        use_winograd(loaded)
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["FROM_INPUT", "FROM_WEIGHT", "TO_RESULT"])
 def test_every_matrix_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin of the test above: with one entry off by a fiftieth the results are wrong."""
@@ -93,7 +132,7 @@ def test_only_where_it_is_quicker(
 ) -> None:
     calls: list[int] = []
     transform = winograd.transform_input
-    monkeypatch.setattr(winograd, "transform_input", lambda x: calls.append(1) or transform(x))
+    monkeypatch.setattr(winograd, "transform_input", lambda *given: calls.append(1) or transform(*given))
     torch.manual_seed(SEED)
     x = torch.randn(batch, conv.in_channels, side, side)
     expected = conv(x)
