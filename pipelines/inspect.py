@@ -3,8 +3,9 @@
     python -m pipelines.inspect path=PATH
 
 PATH may be a file of weights (.ckpt, .safetensors, .pt, .pth, .bin, .safetensors.index.json), a folder of diffusers or
-one network of it, a checkpoint (step-00001000), a stage's folder, or a run's. Of weights it tells the parts, how many
-parameters they and their averages have, which file of conf/ fits them, and what else there is. Nothing is executed.
+one network of it, a checkpoint (step-00001000), a stage's folder, a shard of latents, or a run's. Of weights it tells
+the parts, how many parameters they and their averages have, which file of conf/ fits them, and what else there is; of
+latents it tells statistics and draws samples beside their captions. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines import inspect_weights
+from pipelines import inspect_weights, latent_sheet
 from pipelines.manifest import Record, StageFolder, sum_funnel
 
 MENDABLE = 2  # exit code of everything that the caller can mend
@@ -92,6 +93,12 @@ def _funnel_lines(folder: StageFolder, records: list[Record]) -> list[str]:
     return lines + ([f"  missing or of another size: {', '.join(wrong)}"] if wrong else [])
 
 
+def describe_latents(path: Path) -> list[str]:
+    """A cache of latents, or one shard of it: besides what every stage has, statistics and a sheet of pictures."""
+    head = describe_stage(path) if is_stage(path) else [f"{path}: a shard of latents"]
+    return [*head, *latent_sheet.describe(path)]
+
+
 def describe_run(path: Path) -> list[str]:
     """The stages in a folder, a line each; each can be asked after by itself."""
     lines = [f"{path}: results of"]
@@ -109,6 +116,7 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], list[str]]]] = [
     (inspect_weights.is_checkpoint, inspect_weights.describe_checkpoint),
     (inspect_weights.is_pipeline, inspect_weights.describe_pipeline),
     (inspect_weights.is_network, inspect_weights.describe_network),
+    (latent_sheet.is_latents, describe_latents),
     (is_stage, describe_stage),
     (holds_stages, describe_run),
     (inspect_weights.is_file, inspect_weights.describe_file),
