@@ -19,7 +19,9 @@ from pipelines.manifest import (
     StaleError,
     canonical,
     edition_digest,
+    edition_digests,
     fingerprint,
+    read_record,
     sha256_bytes,
     sha256_file,
     shard_name,
@@ -104,7 +106,8 @@ class Status:
     todo: list[int] = field(default_factory=list)  # shards still to make, in order (kind "shards" only)
     records: dict[int, Record] = field(default_factory=dict)  # committed shards
     funnel: dict[str, Any] | None = None  # {rows, samples, dropped} once done
-    digest: str | None = None  # identity of the closed output
+    digest: str | None = None  # identity of the closed output, in its newest edition
+    editions: list[str] = field(default_factory=list)  # identities of all its editions, the first one first
 
 
 def check_stage_name(name: str) -> None:
@@ -212,7 +215,7 @@ class Dag:
     def _folder(self, stage: str) -> StageFolder:
         path = self.home(stage)
         if STAGES[stage].many:
-            digests = {read: self.statuses[read].digest for read in reads(self.config, stage)}
+            digests = {read: self._digest_read(stage, read) for read in reads(self.config, stage)}
             path /= sha256_bytes(canonical({"fingerprint": self.fingerprints[stage], "inputs": digests}))[:8]
         return StageFolder(path, stage)
 
@@ -233,15 +236,24 @@ class Dag:
         record = job.output.record()
         if record is None or not self._inputs_done(job.stage):
             return Status(job)
-        digests = {read: self.statuses[read].digest or "" for read in reads(self.config, job.stage)}
+        digests = {read: self._digest_read(job.stage, read) or "" for read in reads(self.config, job.stage)}
         if reason := _stale(job, record, digests):
             raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
         funnel = {"rows": record.rows, "samples": record.samples, "dropped": record.dropped}
         return Status(job, grown, funnel=funnel, digest=record.digest)
 
+    def _digest_read(self, stage: str, read: str) -> str | None:
+        """What a stage that makes one result reads: it pins an edition, and what comes after `train` reads the same."""
+        status, pinning = self.statuses[read], "train" if "train" in reads(self.config, stage) else stage
+        record = read_record(self.home(pinning) / "record.json") if status.editions else None
+        pinned = record.inputs.get(read) if record else None
+        return pinned if pinned in status.editions else status.digest
+
     def _shards_status(self, job: Job) -> Status:
-        records = job.output.committed()
+        records, manifest = job.output.committed(), job.output.manifest()
+        if STAGES[job.stage].kind == "table" and manifest is not None:  # the rest belongs to an unfinished edition
+            records = {row["shard"]: records[row["shard"]] for row in manifest["shards"] if row["shard"] in records}
         stale = {shard: reason for shard, record in records.items()
                  if (reason := _stale(job, record, self._shard_inputs(job.stage, shard)))}
         if stale:
@@ -250,13 +262,16 @@ class Dag:
         todo = []
         if STAGES[job.stage].kind == "shards":
             todo = [shard for shard in self.planned(job.stage) if shard not in records]
-        manifest = job.output.manifest()
         if manifest is None or todo or not self._inputs_done(job.stage):
             return Status(job, False, todo, records)
-        if manifest["digest"] != edition_digest([record.digest for record in records.values()]):
+        listed = {row["shard"]: row["digest"] for row in manifest["shards"]}
+        there = {shard: records[shard].digest for shard in sorted(listed.keys() & records.keys())}
+        if there != listed or manifest["digest"] != edition_digest(list(there.values())):
             message = f"{job.output / 'manifest.parquet'} does not list the shards beside it; {_ways_out(job.stage)}"
             raise StaleError(message, job.output, [])
-        return Status(job, True, [], records, manifest["funnel"], manifest["digest"])
+        if len(listed) < len(records):  # the shards of a new edition are made, and wait for its manifest
+            return Status(job, False, [], records)
+        return Status(job, True, [], records, manifest["funnel"], manifest["digest"], edition_digests(manifest))
 
     def _shard_inputs(self, stage: str, shard: int) -> dict[str, str]:
         """The digests that the inputs of a shard have now."""

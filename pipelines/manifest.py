@@ -284,8 +284,14 @@ class StageFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # -- manifest ------------------------------------------------------------------------------------------------
-    def close(self, fingerprint: str, records: list[Record], funnel: dict[str, Any], edition: int = 1) -> str:
-        """Writes manifest.parquet: one row for each shard, the funnel as metadata. Returns the edition's digest."""
+    def close(
+        self, fingerprint: str, records: list[Record], funnel: dict[str, Any], *,
+        editions: dict[int, int] | None = None, sources: list[dict[str, Any]] | None = None,
+    ) -> str:  # fmt: skip
+        """Writes manifest.parquet: one row for each shard, the funnel as metadata. Returns the newest edition's digest.
+
+        `editions` says with which edition a shard came (1 where it says nothing), `sources` what files were read.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -297,13 +303,14 @@ class StageFolder:
                 "rows": record.rows,
                 "bytes": record.bytes,
                 "dropped": canonical(record.dropped).decode(),
-                "edition": edition,
+                "edition": (editions or {}).get(record.shard or 0, 1),
             }
             for record in records
         ]
+        edition = max((row["edition"] for row in rows), default=1)
         digest = edition_digest([record.digest for record in records])
         metadata = {"format": FORMAT, "stage": self.stage, "fingerprint": fingerprint, "edition": edition,
-                    "digest": digest, "funnel": funnel}
+                    "digest": digest, "funnel": funnel, "sources": sources or []}
         table = pa.Table.from_pylist(rows, schema=_manifest_schema().with_metadata({"ldm": canonical(metadata)}))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -332,6 +339,13 @@ def _manifest_schema() -> Any:
     integers = ("shard", "samples", "rows", "bytes", "edition")
     names = ("shard", "digest", "samples", "rows", "bytes", "dropped", "edition")
     return pa.schema([(name, pa.int64() if name in integers else pa.string()) for name in names])
+
+
+def edition_digests(manifest: dict[str, Any]) -> list[str]:
+    """The digest of every edition that a manifest lists, the first edition first."""
+    rows = manifest["shards"]
+    return [edition_digest([row["digest"] for row in rows if row["edition"] <= edition])
+            for edition in range(1, manifest["edition"] + 1)]
 
 
 def edition_digest(digests: list[str]) -> str:

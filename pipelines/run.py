@@ -27,13 +27,14 @@ from pipelines.config import Config, ConfigError, compose, compose_plain, option
 from pipelines.dag import ROOT, STAGES, Dag, Status, check_stage_name, connected, reads, what_of
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
+from pipelines.stopping import Stopped
 from pipelines.summary import funnel_rows, pointers, summary
 
 NO_SUCH_INPUT = 2  # exit code of everything that the caller can mend
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 1 a stage failed, 2 the request does not fit."""
+    """The command. Returns the exit code: 0 done, 1 a stage failed, 2 the request does not fit, 130 or 143 a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(usage())
@@ -50,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:  # what stages raise; the journal and MLflow keep where it came from
         print(f"\n{error}\n", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"\n{stopped}\n", file=sys.stderr)
+        return stopped.exit_code
 
 
 def usage() -> str:
@@ -150,13 +154,14 @@ def _check_model(config: Config) -> None:
 
 
 def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> None:
-    from pipelines import cluster, plot, report
+    from pipelines import cluster, plot, report, stopping
     from pipelines.tracking import Tracker
 
     tracker = stack.enter_context(Tracker.open(dag.config.tracking, dag.run_folder))
     tracker.run.params(plain(dag.config))
     tracker.run.tags({"code_version": code_version(), "command": command, "host": socket.gethostname()})
     stack.enter_context(cluster.connect(dag.config.cluster))
+    stack.enter_context(stopping.ending())
     for group in groups(wanted):
         open_stages = [stage for stage in group if not dag.refresh(stage).done]
         if not open_stages:
@@ -241,7 +246,9 @@ def _close(dag: Dag, stage: str) -> bool:
         print(f"{stage}: {len(status.records)} shards are committed; {left}, so it stays open")
         return False
     records = list(status.records.values())
-    status.job.output.close(status.job.fingerprint, records, sum_funnel(records))
+    rows = dag.job("filter_metadata").output.manifest()
+    editions = {row["shard"]: row["edition"] for row in rows["shards"]} if rows else None
+    status.job.output.close(status.job.fingerprint, records, sum_funnel(records), editions=editions)
     dag.refresh(stage)
     return True
 
@@ -261,7 +268,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
         if STAGES[stage].kind == "table":
             funnel = module.run(job)
             records = list(job.output.committed().values())
-            job.output.close(job.fingerprint, records, funnel)
+            job.output.close(job.fingerprint, records, funnel, sources=module.sources(job))
         elif stage == "train":
             module.run(job)
         else:

@@ -24,6 +24,8 @@ def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
     """The samples trained on, in key order: those of `precompute_latents` whose bit in train's selection is set."""
     masks = read_selection(train / "selection.parquet")
     for shard, record in closed_records(latents).items():
+        if shard > max(masks, default=-1):
+            continue  # it came with a later edition than the one that was trained on
         reader = ShardReader(shard_info(latents, record))
         if len(masks.get(shard, ())) != len(reader):
             raise ValueError(
@@ -42,7 +44,8 @@ def closed_records(latents: StageFolder) -> dict[int, Record]:
     manifest = latents.manifest()
     if manifest is None:
         raise FileNotFoundError(f"{latents.path} is not closed; run +stage={latents.stage} first")
-    records = latents.committed()
+    committed = latents.committed()
+    records = {row["shard"]: committed[row["shard"]] for row in manifest["shards"] if row["shard"] in committed}
     found, listed = edition_digest([record.digest for record in records.values()]), manifest["digest"]
     if found != listed:
         raise ValueError(
@@ -79,8 +82,13 @@ def latent_field(autoencoder: AutoencoderSettings) -> str:
 
 
 def input_digests(inputs: dict[str, StageFolder]) -> dict[str, str]:
-    """What a stage that makes one result writes into its record: the digest of all that it read."""
-    return {name: _digest(folder) for name, folder in inputs.items()}
+    """What a stage that makes one result writes into its record: the digest of all that it read.
+
+    Of what has editions, a stage that comes after `train` has read the one that `train` was made from.
+    """
+    train = inputs["train"].record() if "train" in inputs else None
+    pinned = train.inputs if train else {}
+    return {name: pinned.get(name) or _digest(folder) for name, folder in inputs.items()}
 
 
 def _digest(folder: StageFolder) -> str:

@@ -18,7 +18,8 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,49 @@ def run(job: Job) -> dict[str, Any]:
         dropped = rows.judge()
         samples = deal(job, rows.kept(), first_shard=0)
     return {"rows": samples + sum(dropped.values()), "samples": samples, "dropped": dropped}
+
+
+def sources(job: Job) -> list[dict[str, Any]]:
+    """The files that the stage reads, as its manifest lists them; the embedded web's own needs no mention."""
+    if job.what["dataset.source"].metadata is None:
+        return []
+    return [{"name": file, "bytes": Path(file).stat().st_size} for file in source_files(job)]
+
+
+def extend(job: Job, manifest: dict[str, Any], retried: Iterator[pa.Table]) -> dict[str, Any]:
+    """Adds shards after those of the manifest: first rows that are tried again, then those of new metadata files.
+
+    Rows of new files must repeat none of the old. Returns the funnel {rows, samples, dropped} of what is new.
+    """
+    old, new = _old_and_new(sources(job), manifest["sources"])
+    dropped: dict[str, int] = {}
+    first_shard = 1 + max((row["shard"] for row in manifest["shards"]), default=-1)
+    with ExitStack() as stack:
+        tables = [retried]
+        if new:
+            scratch = stack.enter_context(job.output.attempt(None, job.fingerprint))
+            rows = stack.enter_context(MetadataSet([*old, *new], job, scratch.path))
+            dropped = rows.judge(new_from=len(old))
+            tables.append(_never_tried(table) for table in rows.kept(new_from=len(old)))
+        samples = deal(job, chain(*tables), first_shard)
+    return {"rows": samples + sum(dropped.values()), "samples": samples, "dropped": dropped}
+
+
+def _never_tried(table: pa.Table) -> pa.Table:
+    return table.append_column("retry_of", pa.nulls(table.num_rows, pa.string()))
+
+
+def _old_and_new(found: list[dict[str, Any]], listed: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """The files of closed editions, in their order, and the files that are new."""
+    sizes = {file["name"]: file["bytes"] for file in found}
+    for file in listed:
+        if sizes.get(file["name"]) != file["bytes"]:
+            raise ValueError(
+                f"{file['name']} has {sizes.get(file['name'], 'no')} bytes, expected {file['bytes']} as it was read: "
+                f"rows of closed editions stay as they are. Put it back, and new rows into files of their own"
+            )
+    old = [file["name"] for file in listed]
+    return old, [file["name"] for file in found if file["name"] not in old]
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
