@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +177,20 @@ def run_once(module: str, job: Job, resources: Resources) -> Record:
         raise StageFailed(f"{job.stage} failed: {_cause(error)}") from error
 
 
+def _beside(work: Callable[[], object]) -> None:
+    """Runs `work` in a thread of its own, so that signals stay ours: Ray Train would answer SIGINT by an abort."""
+    outcome: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # it is raised again by whoever waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="train", daemon=True).start()
+    outcome.result()
+
+
 def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources,
                     scratch: Path) -> None:
     """Runs `worker(arguments)` in a group of processes that share a torch.distributed group, one for each GPU.
@@ -199,7 +215,7 @@ def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[st
                              failure_config=FailureConfig(max_failures=resources.max_failures)),
     )
     try:
-        trainer.fit()
+        _beside(trainer.fit)
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
         rank = min(failures)

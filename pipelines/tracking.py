@@ -33,6 +33,7 @@ from pipelines.shipper import AwayError, Shipper, journaled_stages, sent_path
 READ_BYTES = 1 << 18  # of one journal at a time: what bounds the memory
 MAX_METRICS, MAX_WORDS = 800, 100  # in one request; MLflow takes 1000 in all, and 100 params or tags
 MAX_PARAM, MAX_TAG, MAX_KEY, MAX_DIGEST = 6000, 8000, 250, 36  # characters that MLflow keeps
+STOPPED_SECONDS = 5.0  # what a run that a signal ended waits at most for MLflow
 TOKEN = "ldm.run"  # the tag by which a run is found again when its id was not noted
 
 
@@ -95,7 +96,9 @@ class Tracker:
         self._run = None
         if self._shipper is None:
             return 0
-        left = self._shipper.close(self.settings.flush_seconds)
+        flush = self.settings.flush_seconds
+        stopped = error is not None and not isinstance(error, Exception)
+        left = self._shipper.close(min(STOPPED_SECONDS, flush) if stopped else flush)
         if left:
             say(
                 f"{left} bytes of {self.output / 'journal'} are not in MLflow "
