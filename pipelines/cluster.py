@@ -86,7 +86,8 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
     """Sends shards through the steps in order and calls `on_record` for each shard that a step has committed.
 
     Later steps go first, so that work drains. An error in a shard lets all other shards finish and then raises
-    ShardsFailed with the count and the first cause; a crashed worker or node is retried.
+    ShardsFailed with the count and the first cause; one that `stops_the_run` lets only those finish that have begun. A
+    crashed worker or node is retried.
     """
     import ray
 
@@ -110,6 +111,9 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
         except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.RayActorError,
                 ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             failed.append((step.job.stage, shard, error))
+            if getattr(getattr(error, "cause", None), "stops_the_run", False):
+                for earlier in steps[: i + 1]:
+                    earlier.waiting.clear()
             continue
         _hand_on(steps[i + 1 :], shard)
     if failed:
@@ -154,7 +158,7 @@ def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:
     stage, shard, error = failed[0]
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return ShardsFailed(
-        f"{stage}: shard {shard}{others} failed; all other shards are committed, and the same command goes on from "
+        f"{stage}: shard {shard}{others} failed; what else had begun is committed, and the same command goes on from "
         f"there. First cause: {_cause(error)}"
     )
 

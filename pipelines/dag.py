@@ -56,7 +56,7 @@ STAGES = {
     "filter_metadata": Stage(
         "table", (), ("dataset.source", "dataset.sample_web", "dataset.filter_metadata")),
     "download": Stage(
-        "shards", ("filter_metadata",), ("dataset.download",)),
+        "shards", ("filter_metadata",), ("dataset.download",), version=2),
     "filter_images": Stage(
         "shards", ("download",), ("dataset.filter_images",)),
     "train_autoencoder": Stage(

@@ -62,6 +62,7 @@ class DownloadConfig:
     respect_robots: bool  # robots.txt and opt-out headers
     requests_per_second: float | None  # for each host and process; null is no budget
     min_yield: float  # share of a shard's rows below which something is broken: the stage stops
+    yield_after: int  # URLs of a shard after which that share is asked for, long before its last one
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,21 @@ class FilterImagesConfig:
 
 
 @dataclass(frozen=True)
+class BucketsConfig:
+    """Shapes of about the area of the square, for pictures that are not square."""
+
+    max_aspect: float  # longer side over shorter side of the longest shape
+    step: int  # pixels; every side is a multiple of it, and it of the autoencoder's factor
+
+
+@dataclass(frozen=True)
 class PrecomputeLatentsConfig:
-    resolution: int  # pixels of the square that is encoded
+    resolution: int  # pixels of the square that is encoded and trained on
+    more_resolutions: list[int]  # further ones from the same decoded pictures, each in a folder of its own
+    buckets: BucketsConfig | None  # null: squares, cut from the middle
+    flip: bool  # mirrored pictures are encoded too; training takes either, one as often as the other
     batch_size: int  # images in one encoder call, padded; other sizes give other bytes
+    precision: str  # of the autoencoder's arithmetic: float32, bf16 or fp16; what is stored is fp16 always
     threads: int  # processor threads of one encoder; other counts give other bytes
     channels_last: bool  # memory format of the encoder; another one gives other bytes
     check_samples: int  # samples of each shard that are decoded back

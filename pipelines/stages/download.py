@@ -1,7 +1,7 @@
 """Fetches the pictures of a shard with img2dataset, through its three seams, and believes nothing that it says.
 
 filter_metadata/000042.parquet -> download/000042.tar {key.jpg, key.json, key.txt} and download/000042.parquet, the
-ledger: every row with its status and, where there is no picture, one word that says why.
+ledger: every row with its status, hashes of the file that came and, where there is no picture, one word that says why.
 
 The seams: our fetcher in place of its own (safe and polite, pipelines/fetch.py), our resizer (right pixels,
 ldm/images.py), our writer (key order, fixed headers). img2dataset counts a picture as a success before it is written
@@ -12,6 +12,7 @@ commit. A shard's samples are held in memory until it is whole.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -19,10 +20,11 @@ import logging
 import os
 import sys
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +46,51 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home if 
 ENCODERS = {"jpg": lambda rgb, quality: encode_jpeg(rgb, quality), "png": lambda rgb, quality: encode_png(rgb)}
 SHARD_DIGITS = 6
 SIZES = ("width", "height", "original_width", "original_height")
+HASHES = ("md5", "sha256")  # of the file as it came: lists of pictures that must go name them by one or the other
 SCHEMA = pa.schema([
     *((name, pa.string()) for name in ("key", "url", "status", "reason")), *((name, pa.int32()) for name in SIZES),
+    *((name, pa.string()) for name in HASHES),
 ])  # fmt: skip
+GIVEN_UP = "given_up"  # a URL that was not asked for any more; no ledger ever holds it
 
 
 class YieldError(RuntimeError):
     """So few pictures arrive that something must be broken."""
 
+    stops_the_run = True
+
 
 class StandInError(RuntimeError):
     """The server behind dataset.connect has ended, so that nothing can be said about its URLs."""
 
+    stops_the_run = True
+
 
 class CanaryError(RuntimeError):
     """The picture libraries of a worker do not do what they should."""
+
+
+class Arrivals:
+    """What has come of one shard: hashes, and counts that say early when so little comes that something is broken."""
+
+    def __init__(self, settings: DownloadConfig) -> None:
+        self.settings = settings
+        self.hashes: dict[int, tuple[str, str]] = {}
+        self.lock = threading.Lock()
+        self.asked, self.arrived, self.given_up = 0, 0, False
+
+    def note(self, number: int, body: bytes) -> None:
+        self.hashes[number] = (
+            hashlib.md5(body, usedforsecurity=False).hexdigest(), hashlib.sha256(body).hexdigest(),
+        )  # fmt: skip
+
+    def count(self, picture: bool) -> None:
+        """Counts one URL; from `yield_after` URLs on the shard is given up for good when the floor is missed."""
+        with self.lock:
+            self.asked += 1
+            self.arrived += picture
+            enough = self.asked >= self.settings.yield_after
+            self.given_up |= enough and self.arrived < self.settings.min_yield * self.asked
 
 
 # -- the seams --------------------------------------------------------------------------------------------------------
@@ -67,9 +99,10 @@ class SortedWriter:
 
     def __init__(
         self, shard_id: int, output_folder: str, save_caption: bool, oom_shard_count: int, schema: Any,
-        encode_format: str,
+        encode_format: str, hashes: dict[int, tuple[str, str]] | None = None,
     ) -> None:  # fmt: skip
         self.base, self.suffix = Path(output_folder) / shard_name(shard_id), encode_format
+        self.hashes = {} if hashes is None else hashes  # it fills while the shard is fetched
         self.rows: dict[str, tuple[bytes | None, str, dict[str, Any]]] = {}
 
     def write(self, picture: bytes | None, key: str, caption: str, meta: dict[str, Any]) -> None:
@@ -81,7 +114,9 @@ class SortedWriter:
             for key, (picture, caption, meta) in sorted(self.rows.items()):
                 reason = "" if picture is not None else str(meta["error_message"])
                 sizes = {name: meta[name] for name in SIZES}
-                ledger.append({"key": key, "url": meta["url"], "status": meta["status"], "reason": reason, **sizes})
+                came = dict(zip(HASHES, self.hashes.get(int(key[SHARD_DIGITS:]), (None, None)), strict=True))
+                row = {"key": key, "url": meta["url"], "status": meta["status"], "reason": reason}
+                ledger.append({**row, **sizes, **came})
                 if picture is not None:
                     note = json.dumps({"url": meta["url"], **sizes}, sort_keys=True, ensure_ascii=False)
                     for suffix, data in ((self.suffix, picture), ("json", note.encode()), ("txt", caption.encode())):
@@ -95,14 +130,20 @@ class SortedWriter:
 class PixelResizer:
     """img2dataset's resizer seam: decodes with ldm.images, makes large pictures smaller, stores JPEG or PNG."""
 
-    def __init__(self, settings: DownloadConfig) -> None:
+    def __init__(self, settings: DownloadConfig, arrivals: Arrivals | None = None) -> None:
         if settings.encode_format not in ENCODERS:
             expected = " or ".join(ENCODERS)
             raise ValueError(f"dataset.download.encode_format={settings.encode_format}; expected {expected}")
         self.settings, self.encode = settings, ENCODERS[settings.encode_format]
+        self.arrivals = arrivals or Arrivals(settings)
 
     def __call__(self, stream: io.BytesIO, bounding_boxes: Any = None) -> tuple[Any, ...]:
         """(bytes or None, width, height, original width, original height, reason or None)."""
+        answer = self._resized(stream)
+        self.arrivals.count(answer[0] is not None)
+        return answer
+
+    def _resized(self, stream: io.BytesIO) -> tuple[Any, ...]:
         try:
             rgb = decode_rgb(stream.getvalue(), max_pixels=self.settings.max_pixels)
         except ImageError as error:
@@ -134,16 +175,21 @@ def load_downloader() -> Any:
 
 
 @contextlib.contextmanager
-def fetching_with(fetcher: Fetcher) -> Iterator[None]:
+def fetching_with(fetcher: Fetcher, arrivals: Arrivals) -> Iterator[None]:
     """img2dataset's fetcher seam: for the time of the block it fetches with ours, which must never raise in there."""
     module = load_downloader()
 
     def fetch(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         number, url = row
+        if arrivals.given_up:
+            return number, None, GIVEN_UP
         try:
-            return number, io.BytesIO(fetcher.fetch(url)), None
+            body = fetcher.fetch(url)
         except FetchError as error:
+            arrivals.count(False)
             return number, None, error.reason
+        arrivals.note(number, body)
+        return number, io.BytesIO(body), None
 
     original = module.download_image_with_retry
     module.download_image_with_retry = fetch
@@ -168,7 +214,8 @@ def run_shard(job: Job, shard: int) -> Record:
     rows = pq.read_table(job.inputs["filter_metadata"] / f"{name}.parquet", columns=["key", "url", "caption"])
     with job.output.attempt(shard, job.fingerprint) as attempt:
         base = attempt.path / name
-        said = _download(rows, shard, attempt.path, settings, fetcher_of_process(settings, job.how.connect))
+        arrivals, fetcher = Arrivals(settings), fetcher_of_process(settings, job.how.connect)
+        said = _download(rows, shard, attempt.path, settings, fetcher, arrivals)
         dropped = verify(base, rows["key"].to_pylist(), settings.encode_format, said)
         Path(f"{base}_stats.json").unlink()  # times and guesses; the ledger says what happened
         if dropped[STAND_IN_GONE]:
@@ -176,17 +223,19 @@ def run_shard(job: Job, shard: int) -> Record:
                 f"shard {name}: the server at dataset.connect={job.how.connect} has ended, expected it to answer until "
                 f"the end; nothing of the shard is committed. The same command starts it and goes on"
             )
-        kept = rows.num_rows - dropped.total()
-        if kept < settings.min_yield * rows.num_rows:
+        asked, kept = rows.num_rows - dropped.pop(GIVEN_UP, 0), arrivals.arrived
+        if arrivals.given_up or kept < settings.min_yield * asked:
             raise YieldError(
-                f"shard {name}: {kept} of {rows.num_rows} pictures arrived, fewer than dataset.download.min_yield="
+                f"shard {name}: {kept} of {asked} pictures arrived, fewer than dataset.download.min_yield="
                 f"{settings.min_yield}; reasons: {dict(dropped.most_common(4))}. Mend the cause, or lower the floor"
             )
         return attempt.commit(rows=rows.num_rows, samples=kept, dropped=dict(dropped),
                               inputs={f"filter_metadata/{name}": source.digest})
 
 
-def _download(rows: pa.Table, shard: int, folder: Path, settings: DownloadConfig, fetcher: Fetcher) -> str:
+def _download(
+    rows: pa.Table, shard: int, folder: Path, settings: DownloadConfig, fetcher: Fetcher, arrivals: Arrivals
+) -> str:
     """Lets img2dataset fill a folder; returns what it said, which is where it reports the errors that it swallows."""
     module = load_downloader()
     logging.getLogger("PIL").setLevel(logging.ERROR)
@@ -195,11 +244,12 @@ def _download(rows: pa.Table, shard: int, folder: Path, settings: DownloadConfig
         writer.write_table(asked)
     key_digits = len(rows["key"][0].as_py()) - SHARD_DIGITS
     downloader = module.Downloader(
-        SortedWriter, PixelResizer(settings), settings.threads, True, False, str(folder), ["url", "caption"],
-        settings.deadline_seconds, 10**key_digits, SHARD_DIGITS, None, None, settings.encode_format, 0, None, None,
+        partial(SortedWriter, hashes=arrivals.hashes), PixelResizer(settings, arrivals), settings.threads, True, False,
+        str(folder), ["url", "caption"], settings.deadline_seconds, 10**key_digits, SHARD_DIGITS, None, None,
+        settings.encode_format, 0, None, None,
     )  # fmt: skip
     said = io.StringIO()
-    with fetching_with(fetcher), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with fetching_with(fetcher, arrivals), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         downloader.download_shard((shard, str(feather)))
     return said.getvalue()
 

@@ -16,6 +16,11 @@ class Known:
     seconds: float
     fail: list[int]  # shards that raise an error every time
     die: list[int]  # shards whose first try kills its process
+    broken: tuple[int, ...] = ()  # shards whose error says that all others would fail too
+
+
+class Broken(RuntimeError):
+    stops_the_run = True
 
 
 def run_shard(job: Job, shard: int) -> Record:
@@ -23,6 +28,8 @@ def run_shard(job: Job, shard: int) -> Record:
     started = time.time()
     if shard in known.fail:
         raise ValueError(f"shard {shard} cannot be made")
+    if shard in known.broken:
+        raise Broken(f"shard {shard} came to nothing")
     with job.output.attempt(shard, job.fingerprint) as attempt:
         (attempt.path / f"{shard_name(shard)}.txt").write_text(str(shard))
         flag = job.output / f".died-{shard}"

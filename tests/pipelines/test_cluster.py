@@ -75,6 +75,15 @@ def test_an_error_lets_the_other_shards_finish_and_is_told_with_its_cause(ray_he
     assert sorted(steps[0].job.output.committed()) == sorted(steps[1].job.output.committed()) == [0, 2, 4]
 
 
+def test_an_error_that_says_that_all_is_broken_lets_nothing_else_begin(ray_here: None, tmp_path: Path) -> None:
+    steps = [make_step(tmp_path, "a", range(40), Known(0.05, [], [], (3,))),
+             make_step(tmp_path, "b", range(40), Known(0, [], []))]
+    with pytest.raises(cluster.ShardsFailed, match="shard 3 failed.*Broken: shard 3 came to nothing"):
+        cluster.stream(steps, list(range(40)), lambda stage, record: None)
+    made = set(steps[0].job.output.committed())
+    assert {0, 1, 2} <= made <= set(range(10)) and set(steps[1].job.output.committed()) == made
+
+
 def test_a_crashed_worker_is_replaced_and_its_shard_made(ray_here: None, tmp_path: Path) -> None:
     step = make_step(tmp_path, "a", range(4), Known(0, [], [2]))
     cluster.stream([step], list(range(4)), lambda stage, record: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -152,7 +153,8 @@ def by_hand(folder: Path, urls: list[str], connect: str | None, **changes: Any) 
     """The job of a download whose one shard has these URLs."""
     rows, settings = StageFolder(folder / "rows", "filter_metadata"), replace(DATASET.download, retries=0, **changes)
     with rows.attempt(0, "f") as attempt:
-        table = [{"key": f"000000{i}", "url": url, "caption": f"caption {i}"} for i, url in enumerate(urls)]
+        digits = len(str(len(urls) - 1))
+        table = [{"key": f"000000{i:0{digits}d}", "url": url, "caption": f"caption {i}"} for i, url in enumerate(urls)]
         pq.write_table(pa.Table.from_pylist(table), attempt.path / "000000.parquet")
         attempt.commit(rows=len(urls), samples=len(urls), dropped={}, inputs={})
     dag = Dag(BASE)
@@ -189,14 +191,14 @@ def test_without_our_fetcher_files_of_this_machine_are_stored(
 ) -> None:
     """The sabotage twin: what img2dataset does by itself."""
     (tmp_path / "local.png").write_bytes(encode_png(np.zeros((128, 128, 3), np.uint8)))
-    monkeypatch.setattr(download, "fetching_with", lambda fetcher: contextlib.nullcontext())
+    monkeypatch.setattr(download, "fetching_with", lambda *_: contextlib.nullcontext())
     assert download.run_shard(by_hand(tmp_path, [f"file://{tmp_path}/local.png"], None), 0).samples == 1
 
 
 def test_the_seam_is_closed_again_also_after_an_error() -> None:
     module = download.load_downloader()
     original = module.download_image_with_retry
-    with pytest.raises(KeyError), download.fetching_with(None):  # type: ignore[arg-type]
+    with pytest.raises(KeyError), download.fetching_with(None, None):  # type: ignore[arg-type]
         assert module.download_image_with_retry is not original
         raise KeyError
     assert module.download_image_with_retry is original
@@ -250,6 +252,27 @@ def test_a_yield_below_the_floor_stops_the_stage_and_commits_nothing(tmp_path: P
     assert job.output.record(0) is None
     lower = replace(job.what["dataset.download"], min_yield=0.1)
     assert download.run_shard(replace(job, what={"dataset.download": lower}), 0).samples == 1
+
+
+def test_a_broken_network_is_noticed_long_before_the_last_url(tmp_path: Path, address: str) -> None:
+    urls = [f"http://a.test/{'good' if i % 50 == 0 else 'missing'}?{i}" for i in range(1000)]
+    Unkind.hits.clear()
+    job = by_hand(tmp_path, urls, address, min_yield=0.2, yield_after=100, respect_robots=False)
+    with pytest.raises(download.YieldError, match=r"of 1\d\d pictures arrived, fewer than .*min_yield=0.2") as error:
+        download.run_shard(job, 0)
+    assert Unkind.hits.total() < 200 and error.value.stops_the_run
+    assert job.output.record(0) is None and not list(job.output.path.glob("0*"))
+    lower = replace(job.what["dataset.download"], min_yield=0.01)
+    assert download.run_shard(replace(job, what={"dataset.download": lower}), 0).samples == 20
+
+
+def test_the_ledger_has_the_hashes_of_the_files_that_came(tmp_path: Path, address: str) -> None:
+    job = by_hand(tmp_path, ["http://a.test/missing", "http://a.test/good"], address)
+    download.run_shard(job, 0)
+    missing, good = pq.read_table(job.output / "000000.parquet").to_pylist()
+    body = encode_png(np.full((120, 130, 3), 77, np.uint8))
+    assert missing["md5"] is missing["sha256"] is None
+    assert (good["md5"], good["sha256"]) == (hashlib.md5(body).hexdigest(), hashlib.sha256(body).hexdigest())
 
 
 @pytest.mark.parametrize("retries", [0, 1])
