@@ -89,7 +89,7 @@ def _by_folder(folder: StageFolder, records: dict[int, Record]) -> dict[str, lis
     for record in records.values():
         counts = record.facts.get("folders", {})
         for tar in (file for file in record.files if file.endswith(".tar")):
-            index, name = tar.removesuffix(".tar") + ".index", Path(tar).parent.name
+            index, name = tar.removesuffix(".tar") + ".index", str(Path(tar).parent)
             info = ShardInfo(str(folder / tar), str(folder / index), counts.get(name, record.samples), record.digest,
                              record.files[index]["sha256"])  # fmt: skip
             found.setdefault(name, []).append(info)

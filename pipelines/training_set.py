@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ldm.config import AutoencoderSettings
 from ldm.shards import ShardInfo, ShardReader
 from pipelines.dag import Job, weights_path
-from pipelines.manifest import Record, StageFolder, edition_digest
+from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file
 from pipelines.selection import read_selection
+
+# Where the standard deviation of scaled latents may lie. Drawings and photographs differ by a third or so; a factor
+# that belongs to another autoencoder, or none at all, is further off.
+SCALED_STD = 0.4, 2.5
+WAY = "name=OTHER makes a new run with its own latents; the old values read these"
 
 
 @dataclass(frozen=True)
@@ -26,17 +33,19 @@ def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
     for shard, record in closed_records(latents).items():
         if shard > max(masks, default=-1):
             continue  # it came with a later edition than the one that was trained on
-        reader = ShardReader(shard_info(latents, record))
-        if len(masks.get(shard, ())) != len(reader):
+        readers = [ShardReader(info) for info in shard_infos(latents, record)]
+        places = sorted((key, which, i) for which, reader in enumerate(readers) for i, key in enumerate(reader.keys()))
+        if len(masks.get(shard, ())) != len(places):
             raise ValueError(
                 f"{train / 'selection.parquet'} has {len(masks.get(shard, ()))} bits for shard {shard}, which holds "
-                f"{len(reader)} samples; train again with: python -m pipelines.run +stage=train overwrite=true"
+                f"{len(places)} samples; train again with: python -m pipelines.run +stage=train overwrite=true"
             )
-        for i, key in enumerate(reader.keys()):
-            if masks[shard][i]:
-                fields = reader.read(i)
+        for used, (key, which, i) in zip(masks[shard], places, strict=True):
+            if used:
+                fields = readers[which].read(i)
                 yield Sample(key, fields["txt"].decode(), fields)
-        reader.close()
+        for reader in readers:
+            reader.close()
 
 
 def closed_records(latents: StageFolder) -> dict[int, Record]:
@@ -61,11 +70,68 @@ def samples_of(train: StageFolder) -> int:
     return sum(int(mask.sum()) for mask in read_selection(train / "selection.parquet").values())
 
 
+def shard_infos(latents: StageFolder, record: Record) -> list[ShardInfo]:
+    """Where those latents of a shard lie that are trained on: one tar of squares, or one for each shape of picture."""
+    counts, resolution = record.facts.get("folders", {}), record.facts.get("resolution")
+    infos = []
+    for tar in sorted(name for name in record.files if name.endswith(".tar")):
+        folder, index = tar.rpartition("/")[0], tar.removesuffix(".tar") + ".index"
+        if resolution is None or folder.partition("/")[0] == str(resolution):
+            samples, sha256 = counts.get(folder, record.samples), record.files[index]["sha256"]
+            infos.append(ShardInfo(str(latents / tar), str(latents / index), samples, record.digest, sha256))
+    return infos
+
+
 def shard_info(latents: StageFolder, record: Record) -> ShardInfo:
-    """Where a latent shard lies: its record names one tar and one index."""
-    tar, index = (next(name for name in record.files if name.endswith(end)) for end in (".tar", ".index"))
-    sha256 = record.files[index]["sha256"]
-    return ShardInfo(str(latents / tar), str(latents / index), record.samples, record.digest, sha256)
+    """Where the latents of a shard of squares lie."""
+    (info,) = shard_infos(latents, record)
+    return info
+
+
+def used_bits(infos: list[ShardInfo], mask: np.ndarray) -> list[bytes]:
+    """For each tar of a shard one bit for each of its samples, from a mask over all of them in key order."""
+    if len(infos) == 1:
+        return [np.packbits(mask).tobytes()]
+    keys = [ShardReader(info).rows["key"] for info in infos]
+    everything = np.sort(np.concatenate(keys)) if keys else np.empty(0)
+    return [np.packbits(mask[np.searchsorted(everything, part)]).tobytes() for part in keys]
+
+
+def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> None:
+    """Refuses latents that another autoencoder made, or of another size or scale than they are trained on as."""
+    used: AutoencoderSettings = job.what["autoencoder"]
+    plan = latents.read_plan() or {"what": {}}
+    made, asked = plan["what"].get("autoencoder.network"), asdict(used.network)
+    if made is not None and made != asked:
+        raise ValueError(f"{latents.path} was made by the autoencoder {made}; asked for is {asked}; {WAY}")
+    if (hashed := plan["what"].get("autoencoder.weights")) is not None and used.weights is not None:
+        if (now := sha256_file(weights_path(used.weights))) != hashed:
+            raise ValueError(
+                f"{latents.path} was made with weights {hashed[:12]}; autoencoder.weights={used.weights} has "
+                f"{now[:12]}; {WAY}"
+            )
+    sides = {record.facts["latent_side"] for record in records.values() if "latent_side" in record.facts}
+    if len(sides) > 1:
+        raise ValueError(f"{latents.path} has latents with sides {sorted(sides)}, expected one; {WAY}")
+    check_scale(latents, records, used.scale_factor)
+
+
+def check_scale(latents: StageFolder, records: dict[int, Record], scale_factor: float) -> None:
+    """Refuses a scale factor that leaves z0 far from a standard deviation of 1: one that belongs to other latents."""
+    known = [(record.samples, record.facts["std"], record.facts["mean"]) for record in records.values()
+             if record.samples and "std" in record.facts]  # fmt: skip
+    if not known:
+        return
+    samples, std, mean = (np.array(column, np.float64) for column in zip(*known, strict=True))
+    center = np.average(mean, weights=samples)
+    measured = float(np.sqrt(np.average(std**2 + mean**2, weights=samples) - center**2))
+    low, high = SCALED_STD
+    if not low <= scale_factor * measured <= high:
+        raise ValueError(
+            f"the latents of {latents.path} have a standard deviation of {measured:.4f}; autoencoder.scale_factor="
+            f"{scale_factor} makes it {scale_factor * measured:.3f}, expected {low} to {high}; about "
+            f"{1 / max(measured, 1e-9):.4f} fits these latents"
+        )
 
 
 def autoencoder_settings(job: Job) -> AutoencoderSettings:

@@ -2,31 +2,79 @@
 
 download/000042.tar + filter_images/000042.parquet -> precompute_latents/256/000042.tar, 000042.index
 
-Samples are {key.moments.npy fp16, key.txt}; a folder for each resolution, so that a 256 px run never reads the bytes of
-another.
+Samples are {key.moments.npy fp16, key.txt}, and with flip=true key.flipped.npy besides, encoded from mirrored pixels.
+A folder for each resolution, so that a 256 px run never reads the bytes of another; with buckets a folder for each
+shape in it, "256/192x320". All of them come from one decode of the picture, in threads beside the encoder.
 
 Moments are stored unscaled, for the trainer to draw fresh noise and scale; captions are stored whole. A shard's bytes
-depend on its input and its settings only: batches are padded to one fixed size, thread count and memory format are set
-in every call (on a processor other values change the last bits). Some samples of every shard are decoded back and
-compared with their picture, which catches a wrong normalisation or a wrong scale before weeks are spent on it.
+depend on its input and its settings only. Some samples of every shard are decoded back and compared with their
+picture, which catches a wrong normalisation or a wrong scale before weeks are spent on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
+from ldm.buckets import bucket_shapes, fit, nearest_shape
 from ldm.config import AutoencoderSettings
-from ldm.images import decode_rgb, resize_and_crop, to_tensor
-from ldm.models.autoencoder import load_autoencoder
+from ldm.encode import Encoder, TooLarge, to_stored
+from ldm.images import decode_rgb, to_tensor
 from ldm.shards import ShardWriter, encode_array, iterate_tar
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
+from pipelines.settings import PrecomputeLatentsConfig
 from pipelines.stages.filter_images import picture_of
+
+
+@dataclass
+class Group:
+    """Pictures of one shape that are encoded in one call."""
+
+    folder: str
+    keys: list[str] = field(default_factory=list)
+    captions: list[bytes] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)  # each (H, W, 3) uint8
+
+    @cached_property
+    def image(self) -> Tensor:
+        """(b, 3, H, W) in [-1, 1]"""
+        return to_tensor(np.stack(self.pictures))
+
+
+@dataclass
+class Measured:
+    """What is known of a shard's latents: sums over those that are trained on, and how well some decode back."""
+
+    total: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+    psnrs: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by folder
+
+    def add(self, mean: np.ndarray) -> None:
+        values = mean.astype(np.float64)
+        self.total, self.squares = self.total + values.sum(), self.squares + (values**2).sum()
+        self.count += values.size
+
+    def facts(self) -> dict[str, Any]:
+        center = self.total / max(self.count, 1)
+        psnrs = [psnr for folder in self.psnrs.values() for psnr in folder]
+        return {
+            "psnr": round(float(np.mean(psnrs)), 3) if psnrs else None,
+            "mean": round(center, 6),
+            "std": round(math.sqrt(max(self.squares / max(self.count, 1) - center**2, 0.0)), 6),
+        }
 
 
 class Worker:
@@ -34,103 +82,160 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.settings = job.what["dataset.precompute_latents"]
+        self.settings: PrecomputeLatentsConfig = job.what["dataset.precompute_latents"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.autoencoder = load_autoencoder(settings_of(job), self.device)
-        if self.settings.channels_last:
-            self.autoencoder.to(memory_format=torch.channels_last)
-        self.field = "moments.npy" if self.autoencoder.config.posterior == "kl" else "latent.npy"
+        settings = self.settings
+        self.encoder = Encoder(
+            settings_of(job), self.device, batch_size=settings.batch_size, precision=settings.precision,
+            threads=settings.threads, channels_last=settings.channels_last,
+        )  # fmt: skip
+        self.field = "moments.npy" if self.encoder.autoencoder.config.posterior == "kl" else "latent.npy"
+        self.shapes = shapes_of(settings)
+        # As many threads decode as the stage is given processors; what they make does not depend on how many.
+        self.decoders = ThreadPoolExecutor(max(1, math.ceil(job.how.cluster.precompute_latents.num_cpus)), "decode")
+        self.refusal = ""  # once a batch does not fit, no later one does
 
     def run_shard(self, shard: int) -> Record:
         """Encodes the kept pictures of one shard and commits their moments."""
-        # A reused process keeps the thread count of its first task, and other counts give other bytes.
-        torch.set_num_threads(self.settings.threads)
+        if self.refusal:
+            raise TooLarge(self.refusal)
         job, name = self.job, shard_name(shard)
         records = {read: job.inputs[read].record(shard) for read in ("download", "filter_images")}
         for read, record in records.items():
             if record is None:
                 raise FileNotFoundError(f"{read} has no shard {name}; run +stage={read} first")
-        folder = str(self.settings.resolution)
         with job.output.attempt(shard, job.fingerprint) as attempt:
-            (attempt.path / folder).mkdir()
-            facts = self._encode(shard, attempt.path / folder / f"{name}.tar", attempt.path / folder / f"{name}.index")
+            facts = self._encode(shard, attempt.path)
             inputs = {f"{read}/{name}": record.digest for read, record in records.items()}
             if "train_autoencoder" in job.inputs:
                 inputs["train_autoencoder"] = job.inputs["train_autoencoder"].record().digest
             kept = records["filter_images"].samples
             return attempt.commit(rows=kept, samples=facts["samples"], dropped={}, inputs=inputs, facts=facts)
 
-    def _encode(self, shard: int, tar: Any, index: Any) -> dict[str, Any]:
+    # -- one shard ---------------------------------------------------------------------------------------------------
+    def _encode(self, shard: int, place: Path) -> dict[str, Any]:
         """Writes the latents of a shard; returns what was measured on them."""
-        writer = ShardWriter(tar, index)
-        total, squares, count, psnrs = 0.0, 0.0, 0, []
-        for keys, captions, image in self._batches(shard):
-            moments = self._moments(image)
-            if len(psnrs) < self.settings.check_samples:
-                psnrs += self._psnr(image, moments)[: self.settings.check_samples - len(psnrs)]
-            stored = moments.to(torch.float16).cpu().numpy()
-            if not np.isfinite(stored).all():
-                raise ValueError(f"shard {shard}: moments overflow fp16 or are not finite, in the batch from {keys[0]}")
-            mean = stored[:, : self.autoencoder.latent_channels].astype(np.float64)
-            total, squares, count = total + mean.sum(), squares + (mean**2).sum(), count + mean.size
-            for key, caption, array in zip(keys, captions, stored, strict=True):
-                writer.write(key, {self.field: encode_array(array), "txt": caption})
-        writer.close()
-        self._check_psnr(shard, psnrs)
-        center = total / max(count, 1)
+        writers: dict[str, ShardWriter] = {}
+        for resolution in () if self.settings.buckets else self.shapes:  # empty shards have their files too
+            writers[str(resolution)] = self._writer(place, str(resolution), shard)
+        measured = Measured()
+        for group, encoded, flipped in self._encoded(self._groups(shard)):
+            if group.folder not in writers:
+                writers[group.folder] = self._writer(place, group.folder, shard)
+            self._write(writers[group.folder], group, encoded, flipped, measured)
+        for writer in writers.values():
+            writer.close()
+        self._check_psnr(shard, measured)
+        trained = trained_folders(writers, self.settings.resolution)
         return {
-            "samples": len(writer.rows),
-            "latent_side": self.settings.resolution // self.autoencoder.factor,
-            "psnr": round(float(np.mean(psnrs)), 3) if psnrs else None,
-            "mean": round(center, 6),
-            "std": round(float(np.sqrt(max(squares / max(count, 1) - center**2, 0.0))), 6),
+            "samples": sum(len(writers[folder].rows) for folder in trained),
+            "folders": {folder: len(writer.rows) for folder, writer in sorted(writers.items())},
+            "resolution": self.settings.resolution,
+            "latent_side": self.settings.resolution // self.encoder.autoencoder.factor,
+            **measured.facts(),
             "device": self.device.type,
             "torch": torch.__version__,
         }
 
-    def _batches(self, shard: int) -> Iterator[tuple[list[str], list[bytes], torch.Tensor]]:
-        """(keys, captions, image (b, 3, H, W) in [-1, 1]) of the kept pictures in key order."""
+    def _writer(self, place: Path, folder: str, shard: int) -> ShardWriter:
+        (place / folder).mkdir(parents=True)
+        return ShardWriter(place / folder / f"{shard_name(shard)}.tar", place / folder / f"{shard_name(shard)}.index")
+
+    def _encoded(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+        """Groups with what was encoded of them, the next one under way on the device while one is written."""
+        before = None
+        for group in groups:
+            try:
+                encoded = self.encoder.encode(group.image)
+                # Mirrored latents would be wrong: an encoder does not commute with mirrors.
+                flipped = self.encoder.encode(group.image.flip(-1)) if self.settings.flip else None
+            except TooLarge as error:
+                self.refusal = f"{error} (dataset.precompute_latents.batch_size)"
+                raise TooLarge(self.refusal) from error
+            if before is not None:
+                yield before
+            before = group, encoded, flipped
+        if before is not None:
+            yield before
+
+    def _write(
+        self, writer: ShardWriter, group: Group, encoded: Tensor, flipped: Tensor | None, measured: Measured
+    ) -> None:
+        stored = to_stored(group.keys, encoded)
+        mirrored = None if flipped is None else to_stored(group.keys, flipped)
+        psnrs = measured.psnrs[group.folder]
+        if wanted := self.settings.check_samples - len(psnrs):
+            psnrs += self.encoder.psnr(group.image[:wanted], stored[:wanted])
+        if group.folder.partition("/")[0] == str(self.settings.resolution):
+            measured.add(stored[:, : self.encoder.latent_channels].numpy())
+        for i, (key, caption) in enumerate(zip(group.keys, group.captions, strict=True)):
+            fields = {self.field: encode_array(stored[i].numpy()), "txt": caption}
+            if mirrored is not None:
+                fields["flipped.npy"] = encode_array(mirrored[i].numpy())
+            writer.write(key, fields)
+
+    def _check_psnr(self, shard: int, measured: Measured) -> None:
+        for folder, psnrs in measured.psnrs.items():
+            if psnrs and np.mean(psnrs) < self.settings.min_psnr:
+                raise ValueError(
+                    f"shard {shard}: pictures decoded back from their latents in {folder} reach {np.mean(psnrs):.1f} "
+                    f"dB, expected at least {self.settings.min_psnr} dB (dataset.precompute_latents.min_psnr): these "
+                    f"weights do not fit these pictures, or their normalisation is wrong"
+                )
+
+    # -- pictures ----------------------------------------------------------------------------------------------------
+    def _groups(self, shard: int) -> Iterator[Group]:
+        """The kept pictures of a shard in key order, gathered by shape into batches."""
+        open_groups: dict[str, Group] = {}
+        for key, caption, pictures in self._pictures(shard):
+            for folder, picture in pictures.items():
+                group = open_groups.setdefault(folder, Group(folder))
+                group.keys.append(key)
+                group.captions.append(caption)
+                group.pictures.append(picture)
+                if len(group.keys) == self.settings.batch_size:
+                    yield open_groups.pop(folder)
+        yield from open_groups.values()
+
+    def _pictures(self, shard: int) -> Iterator[tuple[str, bytes, dict[str, np.ndarray]]]:
+        """(key, caption, picture by folder) of the kept pictures in key order; threads decode some batches ahead."""
         name = shard_name(shard)
         table = pq.read_table(self.job.inputs["filter_images"] / f"{name}.parquet", columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
-        keys, captions, images = [], [], []
+        ahead: deque[tuple[str, bytes, Future[dict[str, np.ndarray]]]] = deque()
         for key, fields in iterate_tar(self.job.inputs["download"] / f"{name}.tar"):
             if key not in kept:
                 continue
-            keys.append(key)
-            captions.append(fields["txt"])
-            images.append(to_tensor(resize_and_crop(decode_rgb(picture_of(fields)), self.settings.resolution)))
-            if len(keys) == self.settings.batch_size:
-                yield keys, captions, torch.stack(images)
-                keys, captions, images = [], [], []
-        if keys:
-            yield keys, captions, torch.stack(images)
+            ahead.append((key, fields["txt"], self.decoders.submit(self._decode, picture_of(fields))))
+            if len(ahead) > 2 * self.settings.batch_size:
+                key, caption, pictures = ahead.popleft()
+                yield key, caption, pictures.result()
+        for key, caption, pictures in ahead:
+            yield key, caption, pictures.result()
 
-    @torch.inference_mode()
-    def _moments(self, image: torch.Tensor) -> torch.Tensor:
-        """image (b, 3, H, W) -> moments (b, 2c, h, w) or latent (b, c, h, w), float32, encoded in a padded batch."""
-        padding = self.settings.batch_size - len(image)
-        padded = torch.cat([image, image[-1:].expand(padding, -1, -1, -1)]) if padding else image
-        padded = padded.to(self.device)
-        if self.settings.channels_last:
-            padded = padded.contiguous(memory_format=torch.channels_last)
-        return self.autoencoder.encode(padded)[: len(image)].float()
+    def _decode(self, data: bytes) -> dict[str, np.ndarray]:
+        """One picture, decoded once, in every size that it is encoded in."""
+        rgb = decode_rgb(data)
+        pictures = {}
+        for resolution, shapes in self.shapes.items():
+            height, width = shape = nearest_shape(shapes, *rgb.shape[:2])
+            folder = f"{resolution}/{height}x{width}" if self.settings.buckets else str(resolution)
+            pictures[folder] = fit(rgb, shape)
+        return pictures
 
-    @torch.inference_mode()
-    def _psnr(self, image: torch.Tensor, moments: torch.Tensor) -> list[float]:
-        """Peak signal to noise ratio, in dB, of each picture decoded back from its stored form."""
-        z = moments.to(torch.float16).float()[:, : self.autoencoder.latent_channels]
-        decoded = self.autoencoder.decode(z).clamp(-1, 1).cpu()
-        error = (decoded - image).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-        return (10 * torch.log10(4 / error)).tolist()
 
-    def _check_psnr(self, shard: int, psnrs: list[float]) -> None:
-        if psnrs and np.mean(psnrs) < self.settings.min_psnr:
-            raise ValueError(
-                f"shard {shard}: pictures decoded back from their latents reach {np.mean(psnrs):.1f} dB, expected at "
-                f"least {self.settings.min_psnr} dB (dataset.precompute_latents.min_psnr): these weights do not fit "
-                f"these pictures, or their normalisation is wrong"
-            )
+def shapes_of(settings: PrecomputeLatentsConfig) -> dict[int, list[tuple[int, int]]]:
+    """The shapes of each resolution: its buckets, or the square alone."""
+    sizes = dict.fromkeys([settings.resolution, *settings.more_resolutions])
+    buckets = settings.buckets
+    return {
+        size: bucket_shapes(size, buckets.max_aspect, buckets.step) if buckets else [(size, size)] for size in sizes
+    }
+
+
+def trained_folders(folders: Iterable[str], resolution: int) -> list[str]:
+    """The folders of a cache that hold the pictures of one resolution."""
+    return sorted(folder for folder in folders if folder.partition("/")[0] == str(resolution))
 
 
 def settings_of(job: Job) -> AutoencoderSettings:

@@ -1,0 +1,109 @@
+"""The frozen autoencoder as a cache is made with it: fixed batch, precision, memory format and thread count.
+
+Each of them changes the last bits of what is encoded (up to 1% of fp16 moments computed in float32, up to 80% in bf16),
+so every one is set here in every call, and batches that are not full are padded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm.config import AutoencoderSettings
+from ldm.models.autoencoder import load_autoencoder
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST = torch.finfo(torch.float16).max  # 65504, of what is stored
+
+
+class TooLarge(RuntimeError):
+    """A batch does not fit into memory; the message names the setting and a value that fits."""
+
+
+class Encoder:
+    """Holds the autoencoder on one device. image (b, 3, H, W) -> moments (b, 2c, h, w) or latent (b, c, h, w)."""
+
+    def __init__(
+        self,
+        settings: AutoencoderSettings,
+        device: torch.device,
+        *,
+        batch_size: int,
+        precision: str,
+        threads: int,
+        channels_last: bool,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; there are: {', '.join(PRECISIONS)}")
+        self.device, self.batch_size, self.threads, self.precision = device, batch_size, threads, precision
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.autoencoder = load_autoencoder(settings, device)
+        self.autoencoder.to(dtype=PRECISIONS[precision], memory_format=self.memory_format)
+        self.latent_channels = self.autoencoder.latent_channels
+
+    @torch.inference_mode()
+    def encode(self, image: Tensor) -> Tensor:
+        """What is stored, as float32 on the device. Raises TooLarge, naming a batch size that fits."""
+        # A reused process keeps the thread count of its first task.
+        torch.set_num_threads(self.threads)
+        padding = self.batch_size - len(image)
+        padded = torch.cat([image, image[-1:].expand(padding, -1, -1, -1)]) if padding else image
+        try:
+            return self._forward(padded)[: len(image)].float()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, whose exception would keep what the failed call had allocated.
+        raise TooLarge(self._advice(padded))
+
+    def _forward(self, image: Tensor) -> Tensor:
+        image = image.to(self.device, PRECISIONS[self.precision], non_blocking=True)
+        return self.autoencoder.encode(image.contiguous(memory_format=self.memory_format))
+
+    def _advice(self, image: Tensor) -> str:
+        height, width = image.shape[-2:]
+        pictures = f"{len(image)} pictures of {height}x{width} in {self.precision}"
+        fitting = self._largest_fitting(image)
+        way = f"set batch_size={fitting}, which fits" if fitting else "not even one does: take a smaller resolution"
+        return f"{pictures} do not fit into the memory of {self.device}; {way}"
+
+    def _largest_fitting(self, image: Tensor) -> int:
+        """The largest half, quarter and so on of a batch that can be encoded; 0 when not even one picture can."""
+        size = len(image) // 2
+        while size:
+            try:
+                self._forward(image[:size])
+                return size
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            size //= 2
+        return 0
+
+    @torch.inference_mode()
+    def psnr(self, image: Tensor, stored: Tensor) -> list[float]:
+        """Peak signal to noise ratio, in dB, of pictures decoded back from what is stored of them (fp16)."""
+        z = stored[:, : self.latent_channels].to(self.device, PRECISIONS[self.precision])
+        decoded = self.autoencoder.decode(z).float().clamp(-1, 1).cpu()
+        error = (decoded - image).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
+        return (10 * torch.log10(4 / error)).tolist()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of a device's memory, or of the machine's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def to_stored(keys: list[str], encoded: Tensor) -> Tensor:
+    """What was encoded as fp16 on the processor. Raises ValueError naming the first sample that fp16 cannot hold."""
+    largest = encoded.abs().flatten(1).amax(1).cpu()
+    for key, value in zip(keys, largest.tolist(), strict=True):
+        if not value <= LARGEST:  # also where it is not a number
+            overflow = value == value and value != float("inf")
+            found = f"a number of size {value:.4g}" if overflow else "numbers that are not finite"
+            way = "these weights cannot be cached" if overflow else "compute in another precision"
+            raise ValueError(
+                f"sample {key}: its latent has {found}, expected at most {LARGEST:.0f}, which fp16 holds; {way} "
+                f"(dataset.precompute_latents.precision)"
+            )
+    return encoded.to(torch.float16).cpu()
