@@ -99,11 +99,13 @@ class Encoder(nn.Module):
             return emb + self.label_emb(vector)
         return emb
 
-    def descend(self, x: Tensor, emb: Tensor, context: Tensor | None) -> list[Tensor]:
-        """The result of every input block, and of the middle block last."""
+    def descend(self, x: Tensor, emb: Tensor, context: Tensor | None, hint: Tensor | None = None) -> list[Tensor]:
+        """The result of every input block, and of the middle block last; a hint is added to the first one's."""
         results = []
         for block in self.input_blocks:
             x = block(x, emb, context)
+            if hint is not None and not results:
+                x = x + hint
             results.append(x)
         return [*results, self.middle_block(x, emb, context)]
 
@@ -139,12 +141,21 @@ class UNet(Encoder):
         class_label: Tensor | None = None,
         vector: Tensor | None = None,
         concat: Tensor | None = None,
+        control: list[Tensor] | None = None,
     ) -> Tensor:
-        """z_t (b, c, h, w), t (b,); context (b, l, d), class_label (b,), vector (b, k), concat (b, c', h, w)."""
+        """z_t (b, c, h, w), t (b,); context (b, l, d), class_label (b,), vector (b, k), concat (b, c', h, w).
+
+        `control` is what a ControlNet says (ldm/models/controlnet.py): added to what comes from the way down.
+        """
         check_inputs(self.config, z_t, context, class_label, vector, concat)
+        if control is not None and len(control) != len(self.input_blocks) + 1:
+            raise ValueError(f"control is {len(control)} tensors; this U-Net takes {len(self.input_blocks) + 1}")
         x = z_t if concat is None else torch.cat([z_t, concat], dim=1)
         emb = self.embed(t, class_label, vector)
-        *skips, x = self.descend(x, emb, context)
+        results = self.descend(x, emb, context)
+        if control is not None:
+            results = [result + part for result, part in zip(results, control, strict=True)]
+        *skips, x = results
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)

@@ -14,7 +14,7 @@ from ldm.models.denoiser import Denoiser, make_denoiser
 from tests.ldm.models import settings
 
 SEED = int(os.environ.get("LDM_TEST_SEED", 0))
-MOST_GB = 10  # weights in float32 are 5.7
+MOST_GB = 5  # the weights are 2.8
 
 
 def make(device: str) -> Denoiser:
@@ -25,9 +25,9 @@ def make(device: str) -> Denoiser:
         )
 
 
-def make_filled(dtype: torch.dtype) -> Denoiser:
-    """The model with random weights, made in its final precision at once."""
-    denoiser = make("meta").to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+def make_filled() -> Denoiser:
+    """The model with random weights, made in bfloat16 at once."""
+    denoiser = make("meta").to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
     torch.manual_seed(SEED)
     for name, parameter in denoiser.named_parameters():
         if parameter.dim() > 1:
@@ -46,22 +46,21 @@ def test_parameter_counts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # where a processor has no products of bfloat16 they are emulated: minutes for seconds
 @torch.no_grad()
-def test_one_forward_pass() -> None:
-    # Where a processor has no bf16 products torch does them fifty times slower than those of float32.
-    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    denoiser = make_filled(dtype)
-    z_t, t = torch.randn(1, 4, 32, 32, dtype=dtype), torch.tensor([500])
-    tokens = torch.randint(0, 30522, (2, 1, 77))
+def test_one_forward_pass_in_bfloat16() -> None:
+    denoiser = make_filled()
+    z_t, t = torch.randn(1, 4, 32, 32, dtype=torch.bfloat16), torch.tensor([500])  # of a picture of 256 pixels
     start = time.monotonic()
-    contexts = [denoiser.encode_condition({"tokens": row}) for row in tokens]
-    assert contexts[0]["context"].shape == (1, 77, 1280)
-    predictions = [denoiser(z_t, t, context) for context in contexts]
+    encoded = denoiser.encode_condition({"tokens": torch.randint(0, 30522, (1, 77))})
+    assert encoded["context"].shape == (1, 77, 1280)
+    prediction = denoiser(z_t, t, encoded)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"two forward passes in {dtype}: {seconds:.1f} s, peak memory {peak:.1f} GB")
-    for prediction in predictions:
-        assert prediction.shape == z_t.shape and prediction.isfinite().all()
-        assert 0.01 < prediction.float().std() < 100
-    assert (predictions[0] - predictions[1]).abs().max() > 1e-3  # the caption is read
+    print(f"a forward pass: {seconds:.1f} s, peak memory of the process {peak:.1f} GB")
+    assert prediction.shape == z_t.shape and prediction.isfinite().all()
+    assert 0.01 < prediction.float().std() < 100
     assert peak < MOST_GB
+    other = {"context": torch.randn_like(encoded["context"])}
+    small = [denoiser(z_t[:, :, :8, :8], t, condition) for condition in (encoded, other)]
+    assert (small[0] - small[1]).abs().max() > 1e-3  # the caption is read

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.config import AutoencoderConfig, TinyConfig
+from ldm.config import AutoencoderConfig, AutoencoderSettings, TinyConfig
 from ldm.models.tiny_autoencoder import TinyAutoencoder
 from ldm.training.autoencoder_loss import psnr
+from tests.ldm.models import settings
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 
@@ -105,8 +106,10 @@ def test_a_picture_that_does_not_divide_is_refused() -> None:
 
 def test_parameters_of_the_taesd_family() -> None:
     """TAESD counts 2,445,063 parameters with its 4 latent channels (1,222,532 and 1,222,531)."""
+    network = settings.read(AutoencoderSettings, "autoencoder", "taesd").network
+    assert network == change(TAEF2, latent_channels=4, lowest_norm=False)
     with torch.device("meta"):
-        taesd = TinyAutoencoder(change(TAEF2, latent_channels=4, lowest_norm=False))
+        taesd = TinyAutoencoder(network)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in taesd.named_children()}
     assert count == {"encoder": 1_222_532, "decoder": 1_222_531}
 
