@@ -9,6 +9,7 @@ A stage is handed only the sections that it declares, so its fingerprint cannot 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from pipelines.settings import ClusterConfig, TrackingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Settings that name a file, or map names to files: they count by content.
-FILES = ("autoencoder.weights", "text_encoder.weights", "text_encoder.vocab_file", "dataset.filter_metadata.deny_lists",
-         "dataset.selection.removed")  # fmt: skip
+# Settings that name a file: they count by content.
+FILES = (
+    "autoencoder.weights", "text_encoder.weights", "text_encoder.vocab_file", "dataset.filter_metadata.deny_lists.*",
+    "dataset.selection.removed", "dataset.filter_images.clip.weights", "dataset.filter_images.heads.*.weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ STAGES = {
     "download": Stage(
         "shards", ("filter_metadata",), ("dataset.download",), version=2),
     "filter_images": Stage(
-        "shards", ("download",), ("dataset.filter_images",)),
+        "shards", ("download",), ("dataset.filter_images",), version=2),
     "train_autoencoder": Stage(
         "whole", ("download", "filter_images"), ("autoencoder.network", "autoencoder_training")),
     "precompute_latents": Stage(
@@ -145,8 +148,11 @@ def _by_content(value: Any, path: str) -> Any:
     """A section with every file in it replaced by the hash of what the file holds."""
     if isinstance(value, dict):
         return {key: _by_content(item, f"{path}.{key}") for key, item in value.items()}
-    if value is not None and (path in FILES or path.rpartition(".")[0] in FILES):
-        return sha256_file(weights_path(value))
+    if value is not None and any(fnmatch(path, pattern) for pattern in FILES):
+        try:
+            return sha256_file(weights_path(value))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}; put the file there, or name another one with {path}=FILE") from error
     return value
 
 

@@ -66,11 +66,34 @@ class DownloadConfig:
 
 
 @dataclass(frozen=True)
+class ClipScoreConfig:
+    """The CLIP whose embeddings are scored: how well a picture fits its caption, and what the heads below say of it."""
+
+    model: str  # an architecture that open_clip knows, ViT-L-14 say
+    weights: str  # safetensors file of both towers, as open_clip names them
+    sha256: str  # of that file
+    batch_size: int  # pictures in one call, padded; other sizes give other last digits
+    keep_embeddings: bool  # stores them too, as fp16: 1.5 kB a picture for 768 numbers
+
+
+@dataclass(frozen=True)
+class ScoreHeadConfig:
+    """A small network on CLIP's embedding of a picture, such as LAION's aesthetic predictor or its NSFW detector."""
+
+    weights: str  # safetensors file with layers.0.weight (out, in), layers.0.bias, layers.1.weight, ...
+    sha256: str  # of that file
+    activation: str  # between layers: none (LAION's aesthetic heads) or relu (its NSFW detector)
+    output: str  # what becomes of the last number: none or sigmoid
+
+
+@dataclass(frozen=True)
 class FilterImagesConfig:
-    """Cheap, permanent rules, each on one picture alone; everything else is a selection."""
+    """What is looked at in every picture. Only the first two drop one for good; all scores wait for the selection."""
 
     min_size: int  # pixels of the shorter side as downloaded
     max_aspect: float  # longer side over shorter side
+    clip: ClipScoreConfig | None  # null: no scores but the hash of the looks
+    heads: dict[str, ScoreHeadConfig]  # score (aesthetic, nsfw) -> its head; needs clip
 
 
 @dataclass(frozen=True)
@@ -125,11 +148,23 @@ class TableResources:
 
 
 @dataclass(frozen=True)
+class GpuConfig:
+    """The GPU that training runs on, for `python -m pipelines.plan` and for the share of its peak that is reached."""
+
+    name: str
+    memory_bytes: float
+    peak_flops: float  # dense products of bf16, in a second
+    mfu: float  # share of that which a plan reckons with
+    price_per_hour: float  # US dollars
+
+
+@dataclass(frozen=True)
 class TrainResources:
     workers: int  # processes, one for each GPU
     num_cpus: float  # for each worker
     num_gpus: float  # for each worker; 0 trains on the processor
     max_failures: int  # restarts of the worker group before the stage fails
+    gpu: GpuConfig | None  # null: processors
     run: TrainingRunConfig
 
 

@@ -1,20 +1,24 @@
-"""Looks at every downloaded picture and writes what it saw: true size, hashes, and a verdict by reason. No pixels.
+"""Looks at every downloaded picture and writes what it saw: sizes, hashes, scores, a verdict by reason. No pixels.
 
 download/000042.tar -> filter_images/000042.parquet, one row for each picture in key order:
 
-    key, width, height, sha256 of the bytes, phash (64 bits), verdict ("" is kept)
+    key, width, height, original_width, original_height (of the file as it came), md5_of_source, sha256_of_source,
+    sha256 of the stored bytes, phash (64 bits), verdict ("" is kept); and where CLIP is configured clip_similarity,
+    a score for each head, and the embedding
 
 Only cheap, permanent rules act here, each on one picture alone. What needs the whole set or a threshold that people
-change (near-duplicates, scores) is a selection and re-encodes nothing: pipelines/selection.py.
+change (duplicates, scores) is a selection and re-encodes nothing: pipelines/selection.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import imagehash
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -22,14 +26,18 @@ from PIL import Image
 from ldm.images import ImageError, decode_rgb
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
-from pipelines.manifest import Record, shard_name
+from pipelines.manifest import Record, StageFolder, shard_name
 from pipelines.settings import FilterImagesConfig
 
 PICTURES = ("jpg", "png", "webp")
-SCHEMA = pa.schema([
+KNOWN = (
+    ("original_width", pa.int32()), ("original_height", pa.int32()),
+    ("md5_of_source", pa.string()), ("sha256_of_source", pa.string()),
+)  # fmt: skip
+SEEN = (
     ("key", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string()),
     ("phash", pa.uint64()), ("verdict", pa.string()),
-])  # fmt: skip
+)  # fmt: skip
 
 
 def picture_of(fields: dict[str, bytes]) -> bytes:
@@ -37,37 +45,96 @@ def picture_of(fields: dict[str, bytes]) -> bytes:
     return next(fields[name] for name in PICTURES if name in fields)
 
 
-def judge(data: bytes, settings: FilterImagesConfig) -> dict[str, Any]:
-    """What is known of one picture, and the verdict on it."""
-    seen = {"sha256": hashlib.sha256(data).hexdigest(), "width": 0, "height": 0, "phash": 0}
-    try:
-        rgb = decode_rgb(data)
-    except ImageError as error:
-        return {**seen, "verdict": f"undecodable_{error.reason}"}
-    height, width = rgb.shape[:2]
-    seen.update(width=width, height=height, phash=int(str(imagehash.phash(Image.fromarray(rgb))), 16))
-    if min(width, height) < settings.min_size:
-        return {**seen, "verdict": "too_small"}
-    if max(width, height) > settings.max_aspect * min(width, height):
-        return {**seen, "verdict": "extreme_shape"}
-    return {**seen, "verdict": ""}
+def judge(rgb: np.ndarray, settings: FilterImagesConfig) -> str:
+    """The verdict on the pixels of one picture, (h, w, 3) uint8."""
+    shorter, longer = sorted(rgb.shape[:2])
+    if shorter < settings.min_size:
+        return "too_small"
+    return "extreme_shape" if longer > settings.max_aspect * shorter else ""
+
+
+def schema(settings: FilterImagesConfig) -> pa.Schema:
+    """The columns of a shard; scores only where they are asked for."""
+    scores = [("clip_similarity", pa.float32()), *((name, pa.float32()) for name in settings.heads)]
+    if settings.clip is None:
+        return pa.schema([*SEEN, *KNOWN])
+    embedding = [("embedding", pa.list_(pa.float16()))] if settings.clip.keep_embeddings else []
+    return pa.schema([*SEEN, *KNOWN, *scores, *embedding])
+
+
+def known_of_sources(download: StageFolder, record: Record) -> dict[str, dict[str, Any]]:
+    """key -> what the ledger of a shard says of the file as it came; nothing where there is no ledger."""
+    name = f"{shard_name(record.shard or 0)}.parquet"
+    if name not in record.files:
+        return {}
+    rows = pq.read_table(download / name, columns=["key", "original_width", "original_height", "md5", "sha256"])
+    return {row["key"]: {"original_width": row["original_width"], "original_height": row["original_height"],
+                         "md5_of_source": row["md5"], "sha256_of_source": row["sha256"]}
+            for row in rows.to_pylist()}  # fmt: skip
+
+
+class Worker:
+    """Judges shards; holds the networks that score, where there are any, on the GPU that its cluster gives it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.settings = job, job.what["dataset.filter_images"]
+        self.scorer: Any = None
+        if self.settings.clip is not None or self.settings.heads:
+            from pipelines.scores import Scorer  # torch and open_clip: four seconds that only scores need
+
+            self.scorer = Scorer(self.settings)
+
+    def run_shard(self, shard: int) -> Record:
+        """Judges the pictures of one shard and commits what was seen."""
+        name, download = shard_name(shard), self.job.inputs["download"]
+        source = download.record(shard)
+        if source is None:
+            raise FileNotFoundError(f"download has no shard {name}; run +stage=download first")
+        known = known_of_sources(download, source)
+        seen = sorted(self._look(download / f"{name}.tar"), key=lambda row: row["key"])
+        rows = [{**row, **known.get(row["key"], {})} for row in seen]
+        dropped = Counter(row["verdict"] for row in rows if row["verdict"])
+        table = pa.Table.from_pylist(rows, schema=schema(self.settings))
+        with self.job.output.attempt(shard, self.job.fingerprint) as attempt:
+            pq.write_table(table, attempt.path / f"{name}.parquet", compression="zstd")
+            return attempt.commit(
+                rows=source.samples,
+                samples=len(rows) - dropped.total(),
+                dropped=dict(dropped),
+                inputs={f"download/{name}": source.digest},
+            )
+
+    def _look(self, tar: Any) -> Iterator[dict[str, Any]]:
+        """One row for each sample of a tar; those that are kept are scored, a batch at a time."""
+        waiting: list[tuple[dict[str, Any], np.ndarray, str]] = []
+        for key, fields in iterate_tar(tar):
+            data = picture_of(fields)
+            row = {"key": key, "sha256": hashlib.sha256(data).hexdigest(), "width": 0, "height": 0, "phash": 0}
+            try:
+                rgb = decode_rgb(data)
+            except ImageError as error:
+                yield {**row, "verdict": f"undecodable_{error.reason}"}
+                continue
+            phash = int(str(imagehash.phash(Image.fromarray(rgb))), 16)
+            row |= {"width": rgb.shape[1], "height": rgb.shape[0], "phash": phash}
+            row["verdict"] = judge(rgb, self.settings)
+            if self.scorer is None or row["verdict"]:
+                yield row
+                continue
+            waiting.append((row, rgb, fields["txt"].decode("utf-8", "replace")))
+            if len(waiting) == self.settings.clip.batch_size:
+                yield from self._scored(waiting)
+                waiting = []
+        yield from self._scored(waiting)
+
+    def _scored(self, waiting: list[tuple[dict[str, Any], np.ndarray, str]]) -> Iterator[dict[str, Any]]:
+        from pipelines.scores import Picture
+
+        scores = self.scorer([Picture(rgb, caption) for _, rgb, caption in waiting]) if waiting else []
+        for (row, _, _), score in zip(waiting, scores, strict=True):
+            yield {**row, **score}
 
 
 def run_shard(job: Job, shard: int) -> Record:
-    """Judges the pictures of one shard and commits the verdicts."""
-    settings = job.what["dataset.filter_images"]
-    name = shard_name(shard)
-    source = job.inputs["download"].record(shard)
-    if source is None:
-        raise FileNotFoundError(f"download has no shard {name}; run +stage=download first")
-    tar = job.inputs["download"] / f"{name}.tar"
-    rows = [{"key": key, **judge(picture_of(fields), settings)} for key, fields in iterate_tar(tar)]
-    dropped = Counter(row["verdict"] for row in rows if row["verdict"])
-    with job.output.attempt(shard, job.fingerprint) as attempt:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), attempt.path / f"{name}.parquet", compression="zstd")
-        return attempt.commit(
-            rows=source.samples,
-            samples=len(rows) - dropped.total(),
-            dropped=dict(dropped),
-            inputs={f"download/{name}": source.digest},
-        )
+    """One shard by a worker of its own."""
+    return Worker(job).run_shard(shard)
