@@ -17,7 +17,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,7 +29,10 @@ from torch import Tensor
 from ldm.models.autoencoder import draw_latent
 from ldm.models.tokenizer import Tokenizer
 from ldm.shards import CorruptSample, ShardInfo, ShardReader, decode_array
-from ldm.training.order import Order
+from ldm.training.mixture import MixedOrder
+from ldm.training.order import Order, held_out
+
+MIRRORED = "flipped.npy"  # member of a sample with the latent of the mirrored picture
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,18 @@ class TrainData:
     field: str  # member of a sample with its latent: "moments.npy" or "latent.npy"
     latent_shape: list[int]  # c, h, w of z0
     scale_factor: float  # of z0, so that its standard deviation is about 1
+    shapes: list[list[int]] | None = None  # c, h, w of each shard's latents where they differ; null: all latent_shape
+    caches: list[int] | None = None  # which of several mixed caches each shard belongs to; null: there is one
+    weights: tuple[float, ...] = (1.0,)  # of the caches: shares of the samples that are seen
 
     @property
     def digest(self) -> str:
         """Identity of everything that decides which samples there are."""
         return hashlib.sha256(f"{self.edition}\0{self.selection}".encode()).hexdigest()
+
+    def shape_of(self, shard: int) -> list[int]:
+        """c, h, w of a shard's latents."""
+        return self.latent_shape if self.shapes is None else self.shapes[shard]
 
     def counts(self) -> list[int]:
         """Samples in use, shard by shard."""
@@ -61,17 +71,43 @@ def hold_out(data: TrainData, shards: int) -> tuple[TrainData, TrainData | None]
     """(what is trained on, what losses are validated on): the shards whose hashes are lowest are held out."""
     if shards == 0:
         return data, None
-    if not 0 < shards < len(data.shards):
-        raise ValueError(
-            f"training.held_out_shards is {shards} of {len(data.shards)} shards; give at most {len(data.shards) - 1}"
+    held = held_out([info.digest for info in data.shards], shards)
+
+    def part(wanted: bool) -> TrainData:
+        kept = [i for i, info in enumerate(data.shards) if (info.digest in held) == wanted]
+        return replace(
+            data,
+            shards=[data.shards[i] for i in kept],
+            used=[data.used[i] for i in kept],
+            shapes=data.shapes and [data.shapes[i] for i in kept],
+            caches=data.caches and [data.caches[i] for i in kept],
         )
-    hashes = [hashlib.sha256(f"held out {info.digest}".encode()).digest() for info in data.shards]
-    held = set(sorted(range(len(hashes)), key=lambda i: hashes[i])[:shards])
 
-    def part(indices: list[int]) -> TrainData:
-        return replace(data, shards=[data.shards[i] for i in indices], used=[data.used[i] for i in indices])
+    return part(False), part(True)
 
-    return part([i for i in range(len(hashes)) if i not in held]), part(sorted(held))
+
+def mix(sets: Sequence[TrainData], weights: Sequence[float]) -> TrainData:
+    """Several caches as one, each with its share of the samples that are seen."""
+    first = sets[0]
+    if len(sets) != len(weights) or min(weights) <= 0:
+        raise ValueError(f"{len(sets)} caches have weights {list(weights)}; expected one above 0 for each")
+    for other in sets[1:]:
+        for name in ("field", "latent_shape", "scale_factor"):
+            if getattr(other, name) != getattr(first, name):
+                raise ValueError(
+                    f"caches that are mixed must agree: {name} is {getattr(first, name)} in the first and "
+                    f"{getattr(other, name)} in another"
+                )
+    return replace(
+        first,
+        shards=[info for each in sets for info in each.shards],
+        used=[bits for each in sets for bits in each.used],
+        edition=" ".join(each.edition for each in sets),
+        selection=" ".join([*(each.selection for each in sets), *map(str, weights)]),
+        shapes=[each.shape_of(i) for each in sets for i in range(len(each.shards))],
+        caches=[cache for cache, each in enumerate(sets) for _ in each.shards],
+        weights=tuple(weights),
+    )
 
 
 @dataclass
@@ -112,6 +148,11 @@ class Draw:
     caption_dropout: float  # share of captions that become the empty one
     offset_noise: float = 0.0  # share of eps that is constant over a channel
 
+    def mirrors(self, position: int) -> bool:
+        """Whether the mirrored picture is taken at a position, where there is one."""
+        random = np.random.Generator(np.random.Philox(counter=[0, position, 1, 0], key=[self.seed, 0]))
+        return bool(random.random() < 0.5)
+
     def __call__(self, position: int, eps: np.ndarray, posterior: np.ndarray) -> tuple[int, bool]:
         """Fills in the two noises (c, h, w); returns t and whether the caption is dropped.
 
@@ -132,7 +173,20 @@ class _Sample:
 
     key: str
     latent: Tensor  # (2c, h, w) moments or (c, h, w)
+    mirrored: Tensor | None  # the same of the mirrored picture, where the cache has it
     tokens: Tensor | None  # (l,)
+
+
+def order_of(data: TrainData, seed: int, lanes: int, window_shards: int, batch_size: int) -> Order | MixedOrder:
+    """The order of samples; with several shapes or caches it depends on the batch size too."""
+    if data.shapes is None and data.caches is None:
+        return Order(data.counts(), seed=seed, digest=data.digest, lanes=lanes, window_shards=window_shards)
+    shapes = [tuple(data.shape_of(i)) for i in range(len(data.shards))]
+    known = sorted(set(shapes))
+    return MixedOrder(
+        data.counts(), [known.index(shape) for shape in shapes], data.caches or [0] * len(shapes), data.weights,
+        seed=seed, digest=data.digest, lanes=lanes, window_shards=window_shards, batch_size=batch_size,
+    )  # fmt: skip
 
 
 class Loader:
@@ -159,11 +213,12 @@ class Loader:
         pin: bool = False,
     ) -> None:
         self.data, self.draw, self.tokenizer = data, draw, tokenizer
-        self.order = Order(data.counts(), seed=draw.seed, digest=data.digest, lanes=lanes, window_shards=window_shards)
+        self.order = order_of(data, draw.seed, lanes, window_shards, batch_size)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size, self.pin = rank, world_size, pin
         # Open shards: those of the windows that this process's lanes are in, and the ones they enter next.
-        open_shards = min(len(data.shards), max(1, lanes // world_size) * window_shards + lanes)
+        streams = len({tuple(data.shape_of(i)) for i in range(len(data.shards))}) * len(data.weights)
+        open_shards = min(len(data.shards), streams * (max(1, lanes // world_size) * window_shards + lanes))
         self._reader = lru_cache(maxsize=open_shards)(self._open)
         self._rows = lru_cache(maxsize=open_shards)(self._used_rows)
         self._cache: dict[tuple[int, int], _Sample] = {}
@@ -185,14 +240,15 @@ class Loader:
 
     def batch(self, positions: range) -> Batch:
         """The batch at given positions: a pure function of the data, the seed and the positions."""
-        samples = [self._sample(*self._row(position)) for position in positions]
-        shape = (len(samples), *self.data.latent_shape)
+        rows = [self._row(position) for position in positions]
+        samples = [self._sample(*row) for row in rows]
+        shape = (len(samples), *self.data.shape_of(rows[0][0]))
         eps, posterior = np.empty(shape, np.float32), np.empty(shape, np.float32)
         drawn = [self.draw(*each) for each in zip(positions, eps, posterior, strict=True)]
         # One by one: a vectorised exponential may round otherwise where a batch ends.
         z0 = [
-            draw_latent(sample.latent[None], torch.from_numpy(noise[None]), self.data.scale_factor)
-            for sample, noise in zip(samples, posterior, strict=True)
+            draw_latent(self._side(sample, position)[None], torch.from_numpy(noise[None]), self.data.scale_factor)
+            for sample, position, noise in zip(samples, positions, posterior, strict=True)
         ]
         batch = Batch(
             keys=[sample.key for sample in samples],
@@ -215,6 +271,10 @@ class Loader:
             for start in range(samples_seen, samples_seen + self.batch_size, step):
                 yield range(start + self.rank, start + step, self.world_size)
             samples_seen += self.batch_size
+
+    def _side(self, sample: _Sample, position: int) -> Tensor:
+        """The latent of a picture or of its mirror image."""
+        return sample.mirrored if sample.mirrored is not None and self.draw.mirrors(position) else sample.latent
 
     def _condition(self, samples: list[_Sample], dropped: list[bool]) -> dict[str, Tensor]:
         if self.tokenizer is None:
@@ -243,7 +303,8 @@ class Loader:
         sample = self._cache.get((shard, row))
         if sample is None:
             sample = self._read(shard, row)
-            size = sample.latent.nbytes + (0 if sample.tokens is None else sample.tokens.nbytes) + 500
+            parts = (sample.latent, sample.mirrored, sample.tokens)
+            size = sum(part.nbytes for part in parts if part is not None) + 500
             with self._lock:
                 if size <= self._cache_left and (shard, row) not in self._cache:
                     self._cache_left -= size
@@ -255,13 +316,16 @@ class Loader:
         fields, key = reader.read(row), reader.rows["key"][row].decode()
         if self.data.field not in fields:
             raise CorruptSample(f"{info.tar}: sample {key} has {sorted(fields)}, not {self.data.field}")
-        latent = torch.from_numpy(decode_array(fields[self.data.field]))
-        self._check_shape(latent, f"{info.tar}: sample {key}")
+        names = [name for name in (self.data.field, MIRRORED) if name in fields]
+        latents = [torch.from_numpy(decode_array(fields[name])) for name in names]
+        for latent in latents:
+            self._check_shape(latent, self.data.shape_of(shard), f"{info.tar}: sample {key}")
         caption = fields.get("txt", b"").decode()
-        return _Sample(key, latent, None if self.tokenizer is None else self.tokenizer([caption])[0])
+        tokens = None if self.tokenizer is None else self.tokenizer([caption])[0]
+        return _Sample(key, latents[0], latents[1] if len(latents) > 1 else None, tokens)
 
-    def _check_shape(self, latent: Tensor, where: str) -> None:
-        c, h, w = self.data.latent_shape
+    def _check_shape(self, latent: Tensor, shape: list[int], where: str) -> None:
+        c, h, w = shape
         channels = 2 * c if self.data.field == "moments.npy" else c
         if tuple(latent.shape) != (channels, h, w):
             raise CorruptSample(f"{where} has shape {tuple(latent.shape)}, expected {(channels, h, w)}")

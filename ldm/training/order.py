@@ -37,6 +37,17 @@ def shuffled(n: int, *identity: object) -> np.ndarray:
     return np.argsort(philox(*identity).random_raw(n), kind="stable").astype(np.uint32)
 
 
+def held_out(digests: Sequence[str], shards: int) -> set[str]:
+    """The digests of the shards that are held out: those whose hashes are lowest. At most 5 %, but one in any case."""
+    known, most = sorted(set(digests)), max(1, int(0.05 * len(set(digests))))
+    if shards and not 0 < shards <= min(most, len(known) - 1):
+        raise ValueError(
+            f"training.held_out_shards is {shards} of {len(known)} shards; give at most {min(most, len(known) - 1)}, "
+            f"5 % of them or one"
+        )
+    return set(sorted(known, key=lambda digest: hashlib.sha256(f"held out {digest}".encode()).digest())[:shards])
+
+
 class Order:
     """position -> (shard, place among the shard's used samples)."""
 

@@ -18,7 +18,7 @@ import torch
 from ldm.models.tokenizer import make_tokenizer
 from ldm.shards import CorruptSample, ShardReader, decode_array
 from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
-from ldm.training.order import Order
+from ldm.training.order import Order, held_out
 from tests.ldm.training.tiny import SEED, SHAPE, TEXT_ENCODER, write_data
 
 COUNTS = [7, 12, 1, 9, 12, 5]
@@ -127,9 +127,11 @@ def test_nothing_to_train_on_is_refused() -> None:
 def check_layouts(data: TrainData, steps: int, **changes: Any) -> None:
     """Every layout sees the same samples at the same positions, to the bit."""
     expected = sequence(data, steps, **changes)
-    for world_size in (1, 2, 4):
+    for world_size in (1, 2, 4, 8):
         for workers in (0, 1, 3):
-            assert sequence(data, steps, world_size, workers=workers, **changes) == expected, (world_size, workers)
+            micro = min(2, 8 // world_size)
+            found = sequence(data, steps, world_size, workers=workers, micro_batch_size=micro, **changes)
+            assert found == expected, (world_size, workers)
     for micro_batch_size in (1, 8):
         assert sequence(data, steps, micro_batch_size=micro_batch_size, **changes) == expected
 
@@ -265,11 +267,18 @@ def test_open_files_do_not_grow(data: TrainData) -> None:
 
 # ---- held-out shards ---------------------------------------------------------------------------------------
 def test_held_out_shards_are_chosen_by_what_they_hold(data: TrainData) -> None:
-    trained, held = hold_out(data, 2)
-    assert held is not None and len(held.shards) == 2 and len(trained.shards) == 4
+    trained, held = hold_out(data, 1)
+    assert held is not None and len(held.shards) == 1 and len(trained.shards) == 5
     assert not {info.tar for info in held.shards} & {info.tar for info in trained.shards}
     turned = replace(data, shards=data.shards[::-1], used=data.used[::-1])
-    assert {info.digest for info in hold_out(turned, 2)[1].shards} == {info.digest for info in held.shards}
+    assert {info.digest for info in hold_out(turned, 1)[1].shards} == {info.digest for info in held.shards}
     assert hold_out(data, 0) == (data, None)
-    with pytest.raises(ValueError, match="held_out_shards is 6 of 6 shards; give at most 5"):
-        hold_out(data, 6)
+    with pytest.raises(ValueError, match="held_out_shards is 2 of 6 shards; give at most 1, 5 % of them or one"):
+        hold_out(data, 2)
+    many = [f"digest {i}" for i in range(100)]
+    chosen = held_out(many, 5)
+    assert len(chosen) == 5 and chosen == held_out(many[::-1], 5) and chosen > held_out(many, 4)
+    with pytest.raises(ValueError, match="held_out_shards is 6 of 100 shards; give at most 5"):
+        held_out(many, 6)
+    with pytest.raises(ValueError, match="held_out_shards is 1 of 1 shards; give at most 0"):
+        held_out(["alone"], 1)
