@@ -248,6 +248,7 @@ class TrainingConfig:
     validate_every_steps: int | None  # null: never
     validation_samples: int  # held-out samples, always the same with the same noise
     log_every_steps: int
+    max_skipped_batches: int  # whose loss or gradient is no number: so many are left out, the next one ends the run
     grid: SampleGridConfig
 
 
@@ -264,6 +265,7 @@ class TrainingRunConfig:
     checkpoint_every_steps: int
     keep_checkpoints: int  # newest ones that stay
     keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none
+    hang_seconds: float | None  # a step, save or grid that takes longer ends the process, with stacks; null: never
     deepspeed: dict[str, object]  # further keys of DeepSpeed's configuration, passed through
 
 

@@ -51,11 +51,12 @@ class Meter:
         self.own_loss_is_finite = not self._step[NON_FINITE]
         self._step[STOP] += stop
         dist.all_reduce(self._step)
-        sums = self._step.cpu()
-        self._sums += sums
-        return bool(sums[STOP]), not sums[NON_FINITE]
+        self._agreed = self._step.cpu()
+        return bool(self._agreed[STOP]), not self._agreed[NON_FINITE]
 
     def end_step(self, samples: int, **latest: float) -> None:
+        """The step counts."""
+        self._sums += self._agreed
         self._seconds += time.perf_counter() - self._started
         self._samples += samples
         self._latest = latest

@@ -36,6 +36,7 @@ from ldm.training.ema import Ema
 from ldm.training.engine import Engine, NonFiniteGradient, World, join
 from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
 from ldm.training.meter import Meter
+from ldm.training.watchdog import Watchdog
 
 Log = Callable[[int, dict[str, float]], None]
 LogGrid = Callable[[int, bytes, str], None]
@@ -90,79 +91,95 @@ def train(
     if first:
         checkpoint.sweep(output)
     dist.barrier()
-    step = saved = samples_seen = 0
+    step = saved = samples_seen = skipped = 0
     if (last := checkpoint.newest(output, finish=True)) is not None:
         refuse_differences(last, config)
         step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
+        skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
         engine.restore(last.read, step)
         ema.restore(last.read_ema, step)
         if first:
             log_line.info("goes on from %s", last.path)
     batches = loader.batches(samples_seen)
     meter = Meter(world)
-    stopping = False
+    shown, stopping = step, False
 
-    while True:
-        # What is due before the next step, so that the last step needs no special case.
-        done = step >= training.max_steps or stopping
-        if step > saved and first and (step % training.log_every_steps == 0 or done):
-            log(step, meter.read())
-        if due(step, training.validate_every_steps, saved, done) and held_out_loader is not None:
-            value = validation_loss(engine, held_out_loader, settings, schedule)
-            if first:
-                log(step, {"validation_loss": value})
-        if training.grid.prompts and due(step, training.grid.every_steps, saved, done):
-            weights = engine.gather(ema.stretches)
-            if weights is not None:
-                log_grid(
+    with Watchdog(output / "stacks", world.rank, run.hang_seconds) as watchdog:
+        while True:
+            watchdog.reset()
+            # What is due before the next step, so that the last step needs no special case.
+            done = step >= training.max_steps or stopping
+            if step > shown and first and (step % training.log_every_steps == 0 or done):
+                log(step, meter.read())
+            if due(step, training.validate_every_steps, shown, done) and held_out_loader is not None:
+                value = validation_loss(engine, held_out_loader, settings, schedule)
+                if first:
+                    log(step, {"validation_loss": value})
+            if training.grid.prompts and due(step, training.grid.every_steps, shown, done):
+                weights = engine.gather(ema.stretches)
+                if weights is not None:
+                    log_grid(
+                        step,
+                        sample_grid(settings, data, weights | engine.buffers(), schedule, tokenizer, decode, step),
+                        "samples",
+                    )
+            if step > saved and (step % run.checkpoint_every_steps == 0 or done):
+                weights = engine.gather(ema.stretches)
+                checkpoint.save(
+                    output,
                     step,
-                    sample_grid(settings, data, weights | engine.buffers(), schedule, tokenizer, decode, step),
-                    "samples",
+                    stretches=engine.states(),
+                    ema=None if weights is None else weights | engine.buffers(),
+                    config=config,
+                    facts={
+                        "samples_seen": samples_seen,
+                        "skipped_batches": skipped,
+                        "world_size": world.world_size,
+                        "zero_stage": run.zero_stage,
+                    },
                 )
-        if step > saved and (step % run.checkpoint_every_steps == 0 or done):
-            weights = engine.gather(ema.stretches)
-            checkpoint.save(
-                output,
-                step,
-                stretches=engine.states(),
-                ema=None if weights is None else weights | engine.buffers(),
-                config=config,
-                facts={"samples_seen": samples_seen, "world_size": world.world_size, "zero_stage": run.zero_stage},
+                if first:
+                    checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps)
+                saved = step
+            shown = step  # a batch that is left out comes by here without a step
+            if done:
+                break
+
+            watchdog.reset()
+            # One step: every process takes its share of the next `batch_size` samples, a micro batch at a time.
+            meter.start_step()
+            learning_rate = training.learning_rate * lr.multiplier(
+                training.lr_schedule, step + 1, training.warmup_steps, training.max_steps, training.lr_end
             )
-            if first:
-                checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps)
-            saved = step
-        if done:
-            break
+            keys: list[str] = []
+            for _ in range(engine.accumulation):
+                with meter.waiting():
+                    batch = next(batches).to(world.device)
+                seed_dropout(training.seed, batch)
+                z_t = add_noise(schedule, batch.z0, batch.eps, batch.t)
+                prediction = engine(z_t, batch.t, batch.condition)
+                loss = loss_of(diffusion, schedule, prediction, batch)  # (b,)
+                engine.backward(refusable(loss))
+                meter.add(loss.detach(), batch.t * 4 // diffusion.timesteps)
+                keys += batch.keys
 
-        # One step: every process takes its share of the next `batch_size` samples, a micro batch at a time.
-        meter.start_step()
-        learning_rate = training.learning_rate * lr.multiplier(
-            training.lr_schedule, step + 1, training.warmup_steps, training.max_steps, training.lr_end
-        )
-        keys: list[str] = []
-        for _ in range(engine.accumulation):
-            with meter.waiting():
-                batch = next(batches).to(world.device)
-            seed_dropout(training.seed, batch)
-            z_t = add_noise(schedule, batch.z0, batch.eps, batch.t)
-            prediction = engine(z_t, batch.t, batch.condition)
-            loss = loss_of(diffusion, schedule, prediction, batch)  # (b,)
-            engine.backward(loss.mean())
-            meter.add(loss.detach(), batch.t * 4 // diffusion.timesteps)
-            keys += batch.keys
-
-        # The processes agree on what happened before any weight is touched.
-        stopping, finite = meter.agree(should_stop())
-        if not finite:
-            raise RuntimeError(non_finite("the loss is not finite", step + 1, keys, meter.own_loss_is_finite))
-        try:
-            grad_norm = engine.update(learning_rate)
-        except NonFiniteGradient as error:
-            raise RuntimeError(non_finite(str(error), step + 1, keys, True)) from error
-        ema.update()
-        step, samples_seen = step + 1, samples_seen + training.batch_size
-        meter.end_step(training.batch_size, grad_norm=grad_norm, learning_rate=learning_rate)
+            # The processes agree on what happened before any weight is touched. A batch that is no good counts as seen.
+            stopping, finite = meter.agree(should_stop())
+            samples_seen += training.batch_size
+            try:
+                grad_norm = engine.update(learning_rate)
+            except NonFiniteGradient as error:
+                skipped += 1
+                what = str(error) if finite else "the loss is not finite"
+                report = non_finite(output, what, step + 1, samples_seen, keys, meter.own_loss_is_finite)
+                if skipped > training.max_skipped_batches:
+                    raise RuntimeError(f"{report}\n{refusal(skipped, training.max_skipped_batches)}") from error
+                if first:
+                    log_line.warning("%s\nthe batch is left out", report)
+                continue
+            ema.update()
+            step += 1
+            meter.end_step(training.batch_size, grad_norm=grad_norm, learning_rate=learning_rate)
 
     loader.close()
     return saved
@@ -250,9 +267,9 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def due(step: int, every: int | None, saved: int, done: bool) -> bool:
+def due(step: int, every: int | None, shown: int, done: bool) -> bool:
     """Whether something that happens every so often, and at the end, has to happen at this step of this process."""
-    return every is not None and step > saved and (step % every == 0 or done)
+    return every is not None and step > shown and (step % every == 0 or done)
 
 
 # ---- parts of a step ---------------------------------------------------------------------------------------
@@ -303,15 +320,35 @@ def loss_of(diffusion: DiffusionConfig, schedule: Schedule, prediction: Tensor, 
     )
 
 
-def non_finite(what: str, step: int, keys: list[str], own_is_finite: bool) -> str:
-    """The same message in every process: what, where, and on which samples."""
+def refusable(loss: Tensor) -> Tensor:
+    """Mean of the losses (b,). Where one is no number, so is the gradient of all weights, and the engine refuses it."""
+    return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, math.nan)
+
+
+def non_finite(output: Path, what: str, step: int, samples_seen: int, keys: list[str], own_is_finite: bool) -> str:
+    """What, where, and on which samples: the same words in every process, and a file of keys beside the checkpoints."""
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (own_is_finite, keys))
     guilty = [rank for rank, (finite, _) in enumerate(reports) if not finite] or list(range(len(reports)))
-    lines = "\n".join(f"  process {rank}: {', '.join(reports[rank][1])}" for rank in guilty)
+    found = {f"process {rank}": reports[rank][1] for rank in guilty}
+    path = output / "skipped" / f"samples-{samples_seen:012d}.json"
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"format": 1, "reason": what, "step": step, "samples_seen": samples_seen, "keys": found}
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+    lines = "\n".join(f"  {who}: {', '.join(keys)}" for who, keys in found.items())
     return (
-        f"{what} at step {step}; the weights are still those of step {step - 1}. Keys of the samples:\n{lines}\n"
-        f"lower training.learning_rate or put the samples on dataset.selection.removed and start a new run"
+        f"{what} at step {step}; the weights are still those of step {step - 1}. Keys of the samples, also in "
+        f"{path}:\n{lines}"
+    )
+
+
+def refusal(skipped: int, allowed: int) -> str:
+    """Why a run ends instead of leaving out one more batch."""
+    return (
+        f"this is batch {skipped} that is no good, and training.max_skipped_batches is {allowed}. If it is the "
+        f"samples, put them on dataset.selection.removed and start a new run; if the loss rose before, lower "
+        f"training.learning_rate"
     )
 
 

@@ -8,12 +8,14 @@ functions. Ray Train is never handed a checkpoint: a restarted worker finds the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines import cluster
+from pipelines import cluster, stopping
 from pipelines.dag import Job
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
@@ -31,8 +33,26 @@ def run(job: Job) -> Record:
     selection = _place_selection(job, masks)
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
     (job.output / STOP).unlink(missing_ok=True)
-    cluster.launch_training(work, {"job": job, "selection": selection}, job.how.cluster.train, job.output.path / ".ray")
+    with stopping.asking((job.output / STOP).touch, "training saves and leaves"), _stacks_named(job):
+        arguments = {"job": job, "selection": selection}
+        cluster.launch_training(work, arguments, job.how.cluster.train, job.output.path / ".ray")
     return _commit(job, known, used, dict(reasons))
+
+
+@contextmanager
+def _stacks_named(job: Job) -> Iterator[None]:
+    """Says where processes that stood still left their stacks, whether or not training went on without them."""
+    before = _stacks(job)
+    try:
+        yield
+    finally:
+        if new := sorted(_stacks(job) - before):
+            limit = job.how.cluster.train.run.hang_seconds
+            print(f"training stood still for {limit:g} s; what each process was doing: {', '.join(map(str, new))}")
+
+
+def _stacks(job: Job) -> set[Path]:
+    return {path for path in (job.output / "stacks").glob("rank-*.txt") if path.stat().st_size}
 
 
 def _place_selection(job: Job, masks: dict[int, np.ndarray]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from ldm.config import SampleGridConfig, TrainingRunConfig, TrainSettings, from_plain
 from ldm.models.denoiser import make_denoiser
-from ldm.shards import ShardWriter, encode_array
+from ldm.shards import ShardInfo, ShardWriter, encode_array
 from ldm.training import checkpoint
 from ldm.training.checkpoint import newest, step_name
 from ldm.training.loader import TrainData
@@ -133,7 +136,7 @@ def test_numbers_grids_and_checkpoints_come_when_they_are_due(data: TrainData, t
     assert [step for step, v in first["logged"] if "validation_loss" in v] == [5, 10]
     assert [(step, name) for step, _, name in first["grids"]] == [(4, "samples"), (8, "samples"), (10, "samples")]
     assert Image.open(io.BytesIO(first["grids"][0][1])).size[0] > 64
-    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(9), step_name(10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stacks", step_name(9), step_name(10)]
 
 
 def test_a_checkpoint_is_enough_to_build_the_model_again(data: TrainData, straight: tuple[Path, list[Any]]) -> None:
@@ -172,7 +175,8 @@ def poisoned(folder: Path) -> TrainData:
     moments = np.full((2 * SHAPE[0], *SHAPE[1:]), np.inf, np.float16)
     writer.write("000666000", {"moments.npy": encode_array(moments), "txt": b"bad"})
     writer.close()
-    bad = replace(data.shards[0], tar=str(writer.tar), index=str(writer.index), samples=1, digest="bad")
+    sha256 = hashlib.sha256(writer.index.read_bytes()).hexdigest()
+    bad = ShardInfo(str(writer.tar), str(writer.index), samples=1, digest="bad", index_sha256=sha256)
     return replace(data, shards=[*data.shards, bad], used=[*data.used, None])
 
 
@@ -184,13 +188,77 @@ def test_a_loss_that_is_no_number_stops_all_and_names_step_process_and_keys(tmp_
     assert all(isinstance(error, RuntimeError) for error in errors) and str(errors[0]) == str(errors[1])
     message = str(errors[0])
     assert "the loss is not finite at step" in message and "000666000" in message
-    assert message.count("process ") == 1  # only the one that had it is named
+    assert message.count("  process ") == 1  # only the one that had it is named
+    assert "this is batch 1 that is no good, and training.max_skipped_batches is 0" in message
     step = int(message.split("at step ")[1].split(";")[0])
     last = newest(tmp_path / "train")
     assert (last.step if last else 0) == step - 1
     if last:
         weights = load_file(last.path / "ema.safetensors").values()
         assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+def test_a_batch_that_is_no_good_is_left_out_and_the_next_but_one_too_until_there_are_too_many(
+    tmp_path: Path, stage: int
+) -> None:
+    """Of every two batches of eight one holds the infinite sample: after three of them it ends."""
+    (tmp_path / "latents").mkdir()
+    data, output = poisoned(tmp_path / "latents"), tmp_path / "train"
+    run = replace(RUN, zero_stage=stage, checkpoint_every_steps=1, keep_checkpoints=100)
+    what = settings(max_steps=20, max_skipped_batches=2, log_every_steps=1)
+    results = processes.run(work, what, data, output, run, world_size=2)
+    assert all("this is batch 3 that is no good" in str(error) for error in results)
+    notes = [json.loads(path.read_text()) for path in sorted((output / "skipped").iterdir())]
+    assert [note["reason"] for note in notes] == ["the loss is not finite"] * 3
+    assert all("000666000" in [key for keys in note["keys"].values() for key in keys] for note in notes)
+    last = newest(output)
+    assert last is not None and last.manifest["skipped_batches"] == 2
+    # Every batch that was seen is either a step or was left out.
+    assert last.step == notes[2]["step"] - 1 and notes[2]["samples_seen"] == 8 * (last.step + 3)
+    for path in output.glob("step-*"):
+        weights = load_file(path / "ema.safetensors").values()
+        assert all(bool(weight.isfinite().all()) for weight in weights), path
+
+
+def test_a_batch_left_out_changes_nothing_that_a_restart_would_not_find_again(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    data = poisoned(tmp_path / "latents")
+    what = settings(max_steps=6, max_skipped_batches=100, log_every_steps=1)
+    whole = two(what, data, tmp_path / "whole", RUN)
+    assert [result["step"] for result in whole] == [6, 6]
+    assert [step for step, _ in whole[0]["logged"]] == [1, 2, 3, 4, 5, 6]  # each step is told once
+    two(what, data, tmp_path / "parts", RUN, 5)
+    two(what, data, tmp_path / "parts", RUN)
+    assert weights_of(tmp_path / "parts", 6) == weights_of(tmp_path / "whole", 6)
+
+
+def hang(what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig) -> None:
+    """One process; process 1 hangs after its third step."""
+    asked = [0]
+
+    def stands_still() -> bool:
+        asked[0] += 1
+        if int(os.environ["RANK"]) == 1 and asked[0] == 3:
+            time.sleep(600)
+        return False
+
+    train(what, data, output, run, decode=lambda z0: z0, log=lambda *a: None, log_grid=lambda *a: None,
+          should_stop=stands_still)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_found_and_all_leave_their_stacks(data: TrainData, tmp_path: Path) -> None:
+    began = time.monotonic()
+    died = processes.run(hang, settings(), data, tmp_path, replace(RUN, hang_seconds=15), world_size=2)
+    assert died == [-signal.SIGALRM] * 2 and time.monotonic() - began < 120
+    first, second = (path.read_text() for path in sorted((tmp_path / "stacks").iterdir()))
+    assert "stands_still" in second and "stands_still" not in first
+    assert "in agree" in first and "in train" in first
+
+
+def test_a_run_that_ends_well_leaves_no_stacks(straight: tuple[Path, list[Any]]) -> None:
+    assert list((straight[0] / "stacks").iterdir()) == []
 
 
 @pytest.mark.parametrize(
