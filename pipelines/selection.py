@@ -1,10 +1,13 @@
-"""Which of the encoded samples are used: thresholds on stored scores, near-duplicates, the best per cent, removals.
+"""Which of the encoded samples are used: removals, thresholds on stored scores, duplicates, the best per cent.
 
 A selection is decided from the parquet files alone. It is read by `train` and later stages, never by
 `precompute_latents`: changing it downloads and encodes nothing. On disk it is one row for each shard, with a mask of
 one bit for each sample in the order of the latent shard:
 
     shard, samples, used, mask
+
+A sample that is not used has one reason, the first of: removed, <score>_out_of_bounds, exact_duplicate, near_duplicate,
+below_top_percent. Of duplicates the lowest key stays, whichever shard it is in.
 """
 
 from __future__ import annotations
@@ -12,86 +15,146 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.dag import weights_path
 from pipelines.manifest import StageFolder, sha256_file, shard_name
+from pipelines.near_duplicates import near_duplicates
 from pipelines.settings import SelectionConfig
 
-HASH_BITS = 64
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# What a line of a removal list may be: the sample's name, its address, or a hash of the file as it came or is stored.
+REMOVED_BY = ("key", "url", "md5_of_source", "sha256_of_source", "sha256", "hash")
 
 
-def samples(metadata: StageFolder, images: StageFolder, shard: int) -> list[dict[str, Any]]:
-    """What is known of the samples of a latent shard, in its order: scores, url and perceptual hash by key."""
+def samples(metadata: StageFolder, images: StageFolder, shard: int) -> pa.Table:
+    """What is known of the samples of a latent shard, in its order: url, scores and hashes by key."""
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     name = f"{shard_name(shard)}.parquet"
-    known = {row["key"]: row for row in pq.read_table(metadata / name).to_pylist()}
-    kept = [row for row in pq.read_table(images / name).to_pylist() if not row["verdict"]]
-    return [{**known[row["key"]], **row} for row in kept]
+    names = [name for name in pq.read_schema(images / name).names if name != "embedding"]
+    kept = pq.read_table(images / name, columns=names).filter(pc.field("verdict") == "")
+    known = pq.read_table(metadata / name)
+    known = known.take(pc.index_in(kept["key"], known["key"]))
+    for column in known.column_names:
+        if column not in names:
+            kept = kept.append_column(column, known[column])
+    return kept
 
 
-def out_of_bounds(sample: dict[str, Any], settings: SelectionConfig) -> str:
-    """The first score that lies outside its bounds, or that is missing; empty when all are inside."""
-    for score, (low, high) in settings.thresholds.items():
-        if score not in sample:
-            raise ValueError(
-                f"dataset.selection.thresholds names {score!r}, which is not stored; "
-                f"there are: {', '.join(sorted(sample))}"
-            )
-        value = sample[score]
-        if value is None or (low is not None and value < low) or (high is not None and value > high):
-            return score
-    return ""
+def removal_list(path: str | Path) -> set[str]:
+    """Keys, URLs and hashes, one a line; hashes in either case."""
+    lines = {line.strip() for line in Path(path).read_text().splitlines()} - {""}
+    return lines | {line.lower() for line in lines}
 
 
-class NearDuplicates:
-    """Perceptual hashes seen so far. Two hashes that differ in at most k of 64 bits are equal in one of k + 1 bands."""
+def is_removed(table: pa.Table, removed: set[str]) -> np.ndarray:
+    """(n,) bool: the samples that a removal list names by key, URL or hash."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        edges = np.linspace(0, HASH_BITS, bits + 2).astype(int)
-        self.bands = [(int(a), (1 << int(b - a)) - 1) for a, b in zip(edges, edges[1:], strict=False)]
-        self.seen: list[dict[int, list[int]]] = [{} for _ in self.bands]
+    words, found = pa.array(sorted(removed), pa.string()), np.zeros(table.num_rows, bool)
+    for name in REMOVED_BY:
+        if name in table.column_names:
+            found |= pc.is_in(table[name].cast(pa.string()), value_set=words).to_numpy()
+    return found
 
-    def add(self, phash: int) -> bool:
-        """True when the hash is new; False when it lies near one that was added before."""
-        slots = [(table, (phash >> at) & mask) for table, (at, mask) in zip(self.seen, self.bands, strict=True)]
-        if any((phash ^ other).bit_count() <= self.bits for table, band in slots for other in table.get(band, ())):
-            return False
-        for table, band in slots:
-            table.setdefault(band, []).append(phash)
-        return True
+
+def score_of(table: pa.Table, score: str, setting: str) -> np.ndarray:
+    """(n,) float64 of a stored score; NaN where it is missing."""
+    if score not in table.column_names:
+        raise ValueError(
+            f"dataset.selection.{setting} names {score!r}, which is not stored; "
+            f"there are: {', '.join(sorted(table.column_names))}"
+        )
+    return table[score].to_numpy().astype(np.float64)
+
+
+class _Chosen:
+    """All samples in the order of their keys, and for each why it is not used (0: it is)."""
+
+    def __init__(self, sizes: dict[int, int]) -> None:
+        self.sizes, self.reasons = sizes, ["used"]
+        self.why = np.zeros(sum(sizes.values()), np.uint8)
+
+    def drop(self, where: np.ndarray, reason: str) -> None:
+        """Gives a reason to those samples of `where` (bool, or their numbers) that have none yet."""
+        chosen = np.zeros(len(self.why), bool)
+        chosen[where] = True
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self.why[chosen & (self.why == 0)] = self.reasons.index(reason)
+
+    @property
+    def used(self) -> np.ndarray:
+        """The numbers of the samples that are used so far."""
+        return np.flatnonzero(self.why == 0)
+
+    def masks(self) -> dict[int, np.ndarray]:
+        ends = np.cumsum(list(self.sizes.values()))[:-1]
+        return dict(zip(self.sizes, np.split(self.why == 0, ends), strict=True))
+
+    def counts(self) -> Counter[str]:
+        counts = np.bincount(self.why, minlength=len(self.reasons)).tolist()
+        return Counter({reason: n for reason, n in zip(self.reasons[1:], counts[1:], strict=True) if n})
 
 
 def select(
-    shards: Iterable[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig
+    shards: Iterable[tuple[int, pa.Table]], settings: SelectionConfig
 ) -> tuple[dict[int, np.ndarray], Counter[str]]:
-    """(a mask for each shard, samples that are not used by reason); of near-duplicates the lowest key wins."""
-    removed = set(Path(settings.removed).read_text().split()) if settings.removed else set()
-    near = NearDuplicates(settings.near_duplicate_bits) if settings.near_duplicate_bits is not None else None
-    masks, reasons, scores = {}, Counter[str](), []
-    for shard, rows in shards:
-        mask = np.zeros(len(rows), bool)
-        for i, row in enumerate(rows):
-            if row["key"] in removed or row["url"] in removed:
-                reasons["removed"] += 1
-            elif score := out_of_bounds(row, settings):
-                reasons[f"{score}_out_of_bounds"] += 1
-            elif near and not near.add(row["phash"]):
-                reasons["near_duplicate"] += 1
-            else:
-                mask[i] = True
-                scores.append((row[settings.top_score], shard, i) if settings.top_score else None)
-        masks[shard] = mask
+    """(a mask for each shard, samples that are not used by reason); shards come in ascending order."""
+    removed = removal_list(weights_path(settings.removed)) if settings.removed else set()
+    sizes: dict[int, int] = {}
+    columns: dict[str, list[np.ndarray]] = {}  # of what the whole set is needed for
+    for shard, table in shards:
+        sizes[shard] = table.num_rows
+        for name, values in _columns(table, settings, removed).items():
+            columns.setdefault(name, []).append(values)
+    known = {name: np.concatenate(parts) for name, parts in columns.items()}
+    chosen = _Chosen(sizes)
+    if sizes and len(chosen.why):
+        _decide(chosen, known, settings)
+    return chosen.masks() if sizes else {}, chosen.counts()
+
+
+def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str]) -> dict[str, np.ndarray]:
+    """What the whole set must know of a shard: a few numbers for each sample."""
+    found = {"removed": is_removed(table, removed)} if removed else {}
+    for score, (low, high) in settings.thresholds.items():
+        value = score_of(table, score, "thresholds")
+        found[score] = ~((value >= (-np.inf if low is None else low)) & (value <= (np.inf if high is None else high)))
+    if settings.exact_duplicates:
+        found["content"] = np.array([digest[:32] for digest in table["sha256"].to_pylist()], "S32")
+    if settings.near_duplicate_bits is not None:
+        found["phash"] = table["phash"].to_numpy().astype(np.uint64)
+    if settings.top_score:
+        found["top_score"] = score_of(table, settings.top_score, "top_score")
+    return found
+
+
+def _decide(chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionConfig) -> None:
+    """Applies the rules in their order, each to what the ones before it left."""
+    if "removed" in known:
+        chosen.drop(known["removed"], "removed")
+    for score in settings.thresholds:
+        chosen.drop(known[score], f"{score}_out_of_bounds")
+    if "content" in known:
+        used = chosen.used
+        _, first = np.unique(known["content"][used], return_index=True)
+        chosen.drop(np.delete(used, first), "exact_duplicate")
+    if settings.near_duplicate_bits is not None:
+        used = chosen.used
+        chosen.drop(used[near_duplicates(known["phash"][used], settings.near_duplicate_bits)], "near_duplicate")
     if settings.top_score and settings.top_percent is not None:
-        # Best first; of equal scores the lowest key.
-        ranked = sorted(scores, key=lambda item: (-item[0], item[1], item[2]))
-        for _, shard, i in ranked[round(len(ranked) * settings.top_percent / 100) :]:
-            masks[shard][i] = False
-            reasons["below_top_percent"] += 1
-    return masks, reasons
+        used = chosen.used
+        scores = np.nan_to_num(known["top_score"][used], nan=-np.inf)
+        best_first = used[np.argsort(-scores, kind="stable")]  # of equal scores the lowest key
+        chosen.drop(best_first[round(len(used) * settings.top_percent / 100) :], "below_top_percent")
 
 
 def write_selection(path: Path, masks: dict[int, np.ndarray]) -> str:
@@ -114,9 +177,7 @@ def read_selection(path: Path) -> dict[int, np.ndarray]:
             for row in pq.read_table(path).to_pylist()}
 
 
-def all_samples(
-    metadata: StageFolder, images: StageFolder, shards: Iterable[int]
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def all_samples(metadata: StageFolder, images: StageFolder, shards: Iterable[int]) -> Iterator[tuple[int, Any]]:
     """(shard, what is known of its samples), shard by shard."""
     for shard in shards:
         yield shard, samples(metadata, images, shard)

@@ -123,10 +123,11 @@ class SelectionConfig:
     """Which of the encoded samples are used. Changing it downloads and encodes nothing."""
 
     thresholds: dict[str, list[float | None]]  # score -> [lowest, highest] that is used; null is no bound
+    exact_duplicates: bool  # pictures whose stored bytes are equal are one picture
     near_duplicate_bits: int | None  # perceptual hashes that differ in at most so many of 64 bits are one picture
     top_score: str | None  # score by which the best are taken
     top_percent: float | None  # per cent of samples that are taken
-    removed: str | None  # a text file of keys or URLs that must not be used
+    removed: str | None  # a text file of keys, URLs and hashes (of files as they came or are stored) not to be used
 
 
 # ---- how ------------------------------------------------------------------------------------------------------------

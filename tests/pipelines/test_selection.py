@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipelines.selection import NearDuplicates, read_selection, select, write_selection
+from pipelines import selection
+from pipelines.config import compose
+from pipelines.dag import Dag
+from pipelines.near_duplicates import near_duplicates
+from pipelines.selection import read_selection, write_selection
 from pipelines.settings import SelectionConfig
 
-NOTHING = SelectionConfig(thresholds={}, near_duplicate_bits=None, top_score=None, top_percent=None, removed=None)
+SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
+NOTHING = SelectionConfig(thresholds={}, exact_duplicates=False, near_duplicate_bits=None, top_score=None,
+                          top_percent=None, removed=None)  # fmt: skip
 
 
 def row(key: int, **scores: Any) -> dict[str, Any]:
     return {"key": f"{key:08d}", "url": f"http://a.test/{key}", "phash": key * 0x9E3779B97F4A7C15 % 2**64, **scores}
+
+
+def select(shards: list[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig) -> Any:
+    return selection.select(((shard, table(rows)) for shard, rows in shards), settings)
+
+
+def table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.table({name: pa.array([row[name] for row in rows], pa.uint64() if name == "phash" else None)
+                     for name in rows[0]})  # fmt: skip
 
 
 def settings(**changes: Any) -> SelectionConfig:
@@ -49,16 +66,33 @@ def test_of_near_duplicates_the_lowest_key_wins_across_shards() -> None:
 
 
 def test_bands_find_exactly_what_comparing_all_pairs_finds() -> None:
-    chance = random.Random(0)
-    hashes = [chance.getrandbits(64) for _ in range(150)]
-    hashes += [value ^ sum(1 << bit for bit in chance.sample(range(64), chance.randrange(9))) for value in hashes]
-    for bits in (0, 3, 6):
-        near, kept = NearDuplicates(bits), []
+    chance = random.Random(SEED)
+    hashes = [chance.getrandbits(64) for _ in range(120)]
+    hashes += [value ^ sum(1 << bit for bit in chance.sample(range(64), chance.randrange(12))) for value in hashes]
+    hashes += hashes[:9]
+    chance.shuffle(hashes)
+    for bits in (0, 3, 4, 8, 11):
+        kept: list[int] = []
+        expected = []
         for value in hashes:
-            expected = all((value ^ other).bit_count() > bits for other in kept)
-            assert near.add(value) == expected
-            if expected:
-                kept.append(value)
+            expected.append(any((value ^ other).bit_count() <= bits for other in kept))
+            kept += [] if expected[-1] else [value]
+        assert near_duplicates(np.array(hashes, np.uint64), bits).tolist() == expected
+        assert 10 < sum(expected) < 200 or bits == 0
+
+
+def test_candidates_come_in_slices_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = np.random.default_rng(SEED).integers(0, 4, 4000, np.uint64) << np.uint64(40)  # all alike in three bands
+    hashes += np.arange(4000, dtype=np.uint64) % np.uint64(997)
+    whole = near_duplicates(hashes, 3)
+    monkeypatch.setattr("pipelines.near_duplicates.PAIRS_AT_ONCE", 1000)
+    assert (near_duplicates(hashes, 3) == whole).all() and whole.any() and not whole.all()
+
+
+def test_of_equal_bytes_the_lowest_key_stays() -> None:
+    rows = [row(i, sha256=digest * 32) for i, digest in enumerate(["aa", "bb", "aa"])]
+    masks, reasons = select([(0, rows[:2]), (4, rows[2:])], settings(exact_duplicates=True))
+    assert masks[0].all() and masks[4].tolist() == [False] and reasons == {"exact_duplicate": 1}
 
 
 def test_the_best_per_cent_by_score_lowest_key_first_among_equals() -> None:
@@ -67,10 +101,23 @@ def test_the_best_per_cent_by_score_lowest_key_first_among_equals() -> None:
     assert masks[0].tolist() == [True, True, False, True] and reasons == {"below_top_percent": 1}
 
 
-def test_removals_name_keys_or_urls(tmp_path: Path) -> None:
-    (tmp_path / "removed.txt").write_text("00000001\nhttp://a.test/2\n")
-    masks, reasons = select([(0, [row(0), row(1), row(2)])], settings(removed=str(tmp_path / "removed.txt")))
-    assert masks[0].tolist() == [True, False, False] and reasons == {"removed": 2}
+def test_removals_name_keys_urls_or_hashes(tmp_path: Path) -> None:
+    (tmp_path / "removed.txt").write_text("00000001\nhttp://a.test/2\nABCDEF\n-77\n\nffff\n")
+    rows = [row(i, md5_of_source=md5, sha256="ffff" if i == 5 else "00", hash=number)
+            for i, (md5, number) in enumerate([("", 1), ("", 2), ("", 3), ("abcdef", 4), (None, -77), ("", 6)])]
+    masks, reasons = select([(0, rows)], settings(removed=str(tmp_path / "removed.txt")))
+    assert masks[0].tolist() == [True, False, False, False, False, False] and reasons == {"removed": 5}
+
+
+def test_a_removal_list_counts_by_content_and_touches_nothing_before_train(tmp_path: Path) -> None:
+    (tmp_path / "removed.txt").write_text("00000001\n")
+    given = f"dataset.selection.removed={tmp_path / 'removed.txt'}"
+    without, before = Dag(compose([])).fingerprints, Dag(compose([given])).fingerprints
+    (tmp_path / "removed.txt").write_text("00000002\n")
+    after = Dag(compose([given])).fingerprints
+    for stage in ("filter_metadata", "download", "filter_images", "precompute_latents"):
+        assert without[stage] == before[stage] == after[stage]
+    assert len({without["train"], before["train"], after["train"]}) == 3
 
 
 def test_a_selection_survives_the_disk_and_equal_ones_are_equal_bytes(tmp_path: Path) -> None:
