@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ def require_fit(found: Shapes, expected: Shapes, where: str) -> None:
     problems = misfits(found, expected)
     if problems:
         raise ValueError(f"{where}: {some(problems)}")
+
+
+def load(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Puts weights into a network; where one is missing, too many or of another shape, none is changed."""
+    require_fit(shapes(state), shapes(network.state_dict()), f"{where} does not fit this network")
+    network.load_state_dict(state)
 
 
 def some(words: list[str], most: int = 8) -> str:

@@ -1,7 +1,7 @@
 """A U-Net's train step and forward pass here and in diffusers, with the same weights and batch.
 
     python -m tests.benchmarks.unet_step --size demo --batch 32 --repeats 7 --threads 2
-    python -m tests.benchmarks.unet_step --size wide --batch 8 --compile --bfloat16
+    python -m tests.benchmarks.unet_step --size wide --batch 8 --compile contiguous --bfloat16
 
 Every contender runs once in each round, so that a busy machine slows all alike; medians, fastest and slowest are
 printed, and the memory that a train step adds at its peak. Predictions are compared before anything is timed.
@@ -123,8 +123,9 @@ class Contender:
         self.predict(*batch).square().mean().backward()
 
 
-def make_contenders(config: UNetConfig, compiled: bool, bfloat16: bool) -> list[Contender]:
-    """Both networks in every memory format, ours with Winograd's convolutions too; compiled and bfloat16 if asked."""
+def make_contenders(config: UNetConfig, compiled: list[str], bfloat16: bool) -> list[Contender]:
+    """Both networks in every memory format, ours with Winograd's convolutions too; in bfloat16 too if asked, and
+    compiled in the memory formats named."""
     ours, theirs = make_pair(config)
     contenders = []
     for low in [False, True] if bfloat16 else [False]:
@@ -139,7 +140,7 @@ def make_contenders(config: UNetConfig, compiled: bool, bfloat16: bool) -> list[
                     use_winograd(network)
                 name = f"{name}, {precision}, {layout}"
                 contenders.append(Contender(name, network, memory_format, low))
-                if compiled:
+                if layout in compiled and "winograd" not in name:
                     network = torch.compile(copy.deepcopy(network))
                     contenders.append(Contender(f"{name}, compiled", network, memory_format, low))
     return contenders
@@ -225,7 +226,9 @@ if __name__ == "__main__":
     parser.add_argument("--side", type=int, default=16, help="of the latents")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="compiled contenders too: minutes more")
+    parser.add_argument(
+        "--compile", nargs="*", choices=FORMATS, default=[], help="compiled contenders of these too: minutes more"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="bfloat16 autocast too: slow without hardware for it")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="processor: for a busy machine, with --threads 1"

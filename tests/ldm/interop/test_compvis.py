@@ -21,7 +21,7 @@ from ldm.config import (
 from ldm.diffusion.schedule import make_schedule
 from ldm.interop import compvis
 from ldm.interop.checkpoint_file import open_file, save
-from ldm.interop.entry import misfits, require_fit, shapes, to_own
+from ldm.interop.entry import load, misfits, require_fit, shapes, to_own
 from ldm.models.autoencoder import make_autoencoder
 from ldm.models.denoiser import make_denoiser
 from ldm.models.text_encoder import make_text_encoder
@@ -191,7 +191,22 @@ def test_ours_to_the_original_and_back_is_bit_equal(tmp_path: Path, kind: str, s
 def test_what_was_read_loads_into_our_denoiser(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.safetensors"
     save(path, compvis.write(parts_of(kind), schedule=SCHEDULE))
-    make_denoiser(**MODELS[kind]).load_state_dict(compvis.read(open_file(path)).denoiser(), strict=True)
+    denoiser, weights = make_denoiser(**MODELS[kind]), compvis.read(open_file(path)).denoiser()
+    load(denoiser, weights, str(path))
+    assert equal(denoiser.state_dict(), weights)
+
+
+def test_half_loaded_weights_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
+    path, written = tmp_path / "model.ckpt", compvis.write(parts_of("text"))
+    del written["model.diffusion_model.out.2.bias"]
+    written["model.diffusion_model.out.2.weight"] = torch.zeros(4, 9, 3, 3)
+    save(path, written)
+    denoiser = make_denoiser(**MODELS["text"])
+    before = {key: value.clone() for key, value in denoiser.state_dict().items()}
+    words = r"unet\.out\.2\.bias is missing; unet\.out\.2\.weight is \(4, 9, 3, 3\), expected \(4, 16, 3, 3\)"
+    with pytest.raises(ValueError, match=rf"model\.ckpt does not fit.*{words}"):
+        load(denoiser, compvis.read(open_file(path)).denoiser(), str(path))
+    assert equal(denoiser.state_dict(), before)
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)

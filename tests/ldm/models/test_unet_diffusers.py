@@ -50,7 +50,7 @@ def test_one_weight_off_shows() -> None:
 
 def test_every_contender_of_the_benchmark_predicts_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(KINDS["shallow"], model_channels=64)
-    contenders = make_contenders(config, compiled=False, bfloat16=True)
+    contenders = make_contenders(config, compiled=[], bfloat16=True)
     measure(config, contenders, batch_size=2, side=16, repeats=2, clock=time.perf_counter)
     table = capsys.readouterr().out
     assert len(contenders) == 9 and all(table.count(contender.name + " ") >= 2 for contender in contenders)
