@@ -226,6 +226,7 @@ class TrainingConfig:
     """What is learned from, and how fast: ldm/training/train.py."""
 
     seed: int  # decides weights, order, noise, timesteps and dropped captions
+    start_from: str | None  # path of an ema.safetensors whose weights a new run begins with; null: random weights
     max_steps: int  # updates of the weights
     batch_size: int  # samples of one update, over all processes
     learning_rate: float  # at its highest

@@ -206,6 +206,8 @@ class Engine:
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), clipping))
         if self.stage or math.isfinite(norm):
             self.deepspeed.step()
+        else:
+            self.module.zero_grad()
         if self.stage:
             norm = float(self.deepspeed.get_global_grad_norm())
         if not math.isfinite(norm) or not self.deepspeed.was_step_applied():

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm import generate
@@ -79,7 +80,10 @@ def train(
 
     # Model: text encoder and U-Net in one module, which the engine shares out; the average of its weights.
     torch.manual_seed(training.seed)
-    denoiser = make_denoiser(settings.unet, settings.text_encoder).to(world.device)
+    denoiser = make_denoiser(settings.unet, settings.text_encoder)
+    if training.start_from is not None:
+        start_from(denoiser, training.start_from)
+    denoiser.to(world.device)
     if run.activation_checkpointing:
         checkpoint_activations(denoiser, (ResBlock, SpatialTransformer, AttentionBlock))
     schedule = schedule_of(diffusion).to(world.device)
@@ -189,6 +193,7 @@ def train(
 # What may change when a run goes on: how far, what is shown, where equal files lie.
 FREE = (
     "training.max_steps",
+    "training.start_from",
     "training.log_every_steps",
     "training.grid",
     "training.validate_every_steps",
@@ -257,6 +262,17 @@ def refuse_differences(last: checkpoint.Checkpoint, config: dict[str, Any]) -> N
         raise ValueError(
             f"{last.path} was made from other settings:\n  " + "\n  ".join(found) + "\nname=OTHER makes a new run; "
             "with the old values, or with the old data, this one goes on"
+        )
+
+
+def start_from(denoiser: Denoiser, path: str) -> None:
+    """Gives a new model the averaged weights of another run of the same model, at another resolution for example."""
+    missing, unexpected = denoiser.load_state_dict(load_file(path), strict=False)
+    trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    if wrong := sorted(trained & set(missing)) + unexpected:
+        raise ValueError(
+            f"training.start_from={path} is of another model: it differs in {len(wrong)} of {len(trained)} weights, "
+            f"{wrong[0]} the first; unet and text_encoder must be those of the run that made it"
         )
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines import cluster, stopping
-from pipelines.dag import Job
+from pipelines.dag import Job, weights_path
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
 from pipelines.selection import all_samples, read_selection, select, write_selection
@@ -123,8 +124,10 @@ def work(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(job.how.cluster.train.run.threads)
     data = train_data(job, arguments["selection"])
     what = job.what
+    start = what["training"].start_from
+    training = replace(what["training"], start_from=start and str(weights_path(start)))
     settings = TrainSettings(
-        training=what["training"], diffusion=what["diffusion"], unet=what["unet"], text_encoder=what["text_encoder"]
+        training=training, diffusion=what["diffusion"], unet=what["unet"], text_encoder=what["text_encoder"]
     )
     journal = rank_journal(job)
 

@@ -28,6 +28,7 @@ from ldm.training import checkpoint
 from ldm.training.checkpoint import newest, step_name
 from ldm.training.loader import TrainData
 from ldm.training.train import train
+from ldm.training.watchdog import Watchdog
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import RUN, SHAPE, settings, write_data
 
@@ -136,7 +137,7 @@ def test_numbers_grids_and_checkpoints_come_when_they_are_due(data: TrainData, t
     assert [step for step, v in first["logged"] if "validation_loss" in v] == [5, 10]
     assert [(step, name) for step, _, name in first["grids"]] == [(4, "samples"), (8, "samples"), (10, "samples")]
     assert Image.open(io.BytesIO(first["grids"][0][1])).size[0] > 64
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stacks", step_name(9), step_name(10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(9), step_name(10)]
 
 
 def test_a_checkpoint_is_enough_to_build_the_model_again(data: TrainData, straight: tuple[Path, list[Any]]) -> None:
@@ -213,7 +214,8 @@ def test_a_batch_that_is_no_good_is_left_out_and_the_next_but_one_too_until_ther
     assert [note["reason"] for note in notes] == ["the loss is not finite"] * 3
     assert all("000666000" in [key for keys in note["keys"].values() for key in keys] for note in notes)
     last = newest(output)
-    assert last is not None and last.manifest["skipped_batches"] == 2
+    assert last is not None
+    assert last.manifest["skipped_batches"] == sum(note["step"] <= last.step for note in notes)
     # Every batch that was seen is either a step or was left out.
     assert last.step == notes[2]["step"] - 1 and notes[2]["samples_seen"] == 8 * (last.step + 3)
     for path in output.glob("step-*"):
@@ -251,14 +253,18 @@ def hang(what: TrainSettings, data: TrainData, output: Path, run: TrainingRunCon
 def test_a_process_that_hangs_is_found_and_all_leave_their_stacks(data: TrainData, tmp_path: Path) -> None:
     began = time.monotonic()
     died = processes.run(hang, settings(), data, tmp_path, replace(RUN, hang_seconds=15), world_size=2)
-    assert died == [-signal.SIGALRM] * 2 and time.monotonic() - began < 120
+    # The first may hear of the other's end a moment before its own; its stacks are written by then.
+    assert died[1] == -signal.SIGALRM and (died[0] == died[1] or isinstance(died[0], RuntimeError))
+    assert time.monotonic() - began < 120
     first, second = (path.read_text() for path in sorted((tmp_path / "stacks").iterdir()))
     assert "stands_still" in second and "stands_still" not in first
     assert "in agree" in first and "in train" in first
 
 
-def test_a_run_that_ends_well_leaves_no_stacks(straight: tuple[Path, list[Any]]) -> None:
-    assert list((straight[0] / "stacks").iterdir()) == []
+def test_who_is_in_time_leaves_no_stacks(tmp_path: Path) -> None:
+    with Watchdog(tmp_path / "stacks", 0, 60.0) as watchdog:
+        watchdog.reset()
+    assert list((tmp_path / "stacks").iterdir()) == [] and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 @pytest.mark.parametrize(
