@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from ldm.images import ImageError, decode_rgb, encode_jpeg, encode_png, resize_shorter
+from ldm.images import ImageError, decode_for, encode_jpeg, encode_png, resize_shorter
 from ldm.shards import iterate_tar
 from pipelines.dag import Job
 from pipelines.fetch import STAND_IN_GONE, Fetcher
@@ -145,11 +145,11 @@ class PixelResizer:
 
     def _resized(self, stream: io.BytesIO) -> tuple[Any, ...]:
         try:
-            rgb = decode_rgb(stream.getvalue(), max_pixels=self.settings.max_pixels)
+            rgb, original = decode_for(stream.getvalue(), self.settings.image_size, max_pixels=self.settings.max_pixels)
         except ImageError as error:
             return None, None, None, None, None, error.reason
         small = resize_shorter(rgb, self.settings.image_size)
-        (height, width), (original_height, original_width) = small.shape[:2], rgb.shape[:2]
+        (height, width), (original_height, original_width) = small.shape[:2], original
         return self.encode(small, self.settings.encode_quality), width, height, original_width, original_height, None
 
 

@@ -18,6 +18,7 @@ from ldm.images import (
     EXIF_ORIENTATION,
     UPRIGHT,
     ImageError,
+    decode_for,
     decode_rgb,
     encode_jpeg,
     encode_png,
@@ -349,3 +350,34 @@ def test_grid() -> None:
 def test_pixels_need_no_torch() -> None:
     code = "import sys, ldm.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- reduced scale ----------------------------------------------------------------------------------------------------
+def photograph(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width] / np.float64(height)
+    waves = [np.sin(40 * x + 9 * c * y) + np.cos(25 * y - 5 * c * x) for c in range(3)]
+    return np.uint8(127.5 + 60 * np.stack(waves, -1))
+
+
+@pytest.mark.parametrize("height, width, decoded", [
+    (800, 1200, (400, 600)), (3200, 4000, (400, 500)), (1650, 1600, (413, 400)), (420, 3000, (420, 3000)),
+    (767, 767, (767, 767)), (768, 768, (384, 384)),
+])  # fmt: skip
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same_when_it_is_made_small(
+    height: int, width: int, decoded: tuple[int, int]
+) -> None:
+    data = encode_jpeg(photograph(height, width), 95)
+    rgb, size = decode_for(data, 256)
+    assert size == (height, width) and rgb.shape[:2] == decoded
+    exact, near = resize_shorter(decode_rgb(data), 256).astype(int), resize_shorter(rgb, 256).astype(int)
+    assert near.shape == exact.shape and np.abs(near - exact).mean() < 1.0
+
+
+def test_other_formats_are_decoded_whole_and_the_size_is_that_of_the_upright_picture() -> None:
+    rgb = photograph(600, 1200)
+    assert np.array_equal(decode_for(encode_png(rgb), 100)[0], rgb)
+    turned, note = io.BytesIO(), Image.Exif()
+    note[0x0112] = 6
+    Image.fromarray(rgb).save(turned, "JPEG", exif=note)
+    small, size = decode_for(turned.getvalue(), 100)
+    assert size == (1200, 600) and small.shape[:2] == (300, 150)

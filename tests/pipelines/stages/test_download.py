@@ -298,7 +298,8 @@ def test_a_canary_that_comes_back_changed_stops_the_worker(
 ) -> None:
     for size in (64, 160, 159, 512):
         download.check_canary(replace(DATASET.download, image_size=size, retries=77))
-    monkeypatch.setattr(download, "decode_rgb", lambda data, **_: np.ascontiguousarray(spoil(decode_rgb(data))))
+    whole = (720, 480)
+    monkeypatch.setattr(download, "decode_for", lambda data, size, **_: (spoil(decode_rgb(data)).copy(), whole))
     with pytest.raises(download.CanaryError, match="Pillow .* pip install -c infra/constraints.txt"):
         download.check_canary(replace(DATASET.download, retries=78))
 
