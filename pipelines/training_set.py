@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.config import AutoencoderSettings
+from ldm.config import AutoencoderConfig, AutoencoderSettings
 from ldm.shards import ShardInfo, ShardReader
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file
@@ -95,6 +96,15 @@ def used_bits(infos: list[ShardInfo], mask: np.ndarray) -> list[bytes]:
     keys = [ShardReader(info).rows["key"] for info in infos]
     everything = np.sort(np.concatenate(keys)) if keys else np.empty(0)
     return [np.packbits(mask[np.searchsorted(everything, part)]).tobytes() for part in keys]
+
+
+def bucket_shapes_of(infos: list[ShardInfo], network: AutoencoderConfig) -> list[list[int]] | None:
+    """c, h, w of each tar's latents, from the names of its folder, "192x320"; None when all of them are squares."""
+    folders = [Path(info.tar).parent.name for info in infos]
+    if not any("x" in folder for folder in folders):
+        return None
+    sides = [[int(side) // network.factor for side in folder.split("x")] for folder in folders]
+    return [[network.latent_channels, *side] for side in sides]
 
 
 def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> None:

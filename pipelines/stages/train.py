@@ -21,7 +21,15 @@ from pipelines.dag import Job, weights_path
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
 from pipelines.selection import all_samples, read_selection, select, write_selection
-from pipelines.training_set import autoencoder_settings, closed_records, input_digests, shard_info
+from pipelines.training_set import (
+    autoencoder_settings,
+    bucket_shapes_of,
+    check_cache,
+    closed_records,
+    input_digests,
+    shard_infos,
+    used_bits,
+)
 
 STOP = "stop"  # a file of this name in the stage's folder asks all workers to save and leave
 
@@ -95,16 +103,23 @@ def train_data(job: Job, selection: str) -> Any:
 
     latents = job.inputs["precompute_latents"]
     masks, records = read_selection(job.output / "selection.parquet"), closed_records(latents)
+    check_cache(latents, records, job)
     network = job.what["autoencoder"].network
+    infos, used = [], []
+    for shard, record in records.items():
+        tars = shard_infos(latents, record)
+        infos += tars
+        used += used_bits(tars, masks[shard])
     side = {record.facts["latent_side"] for record in records.values() if record.samples}
     return TrainData(
-        shards=[shard_info(latents, record) for record in records.values()],
-        used=[np.packbits(masks[shard]).tobytes() for shard in records],
+        shards=infos,
+        used=used,
         edition=edition_digest([record.digest for record in records.values()]),
         selection=selection,
         field="moments.npy" if network.posterior == "kl" else "latent.npy",
         latent_shape=[network.latent_channels, *(2 * [side.pop()])],
         scale_factor=job.what["autoencoder"].scale_factor,
+        shapes=bucket_shapes_of(infos, network),
     )
 
 

@@ -23,9 +23,11 @@ from ldm.encode import Encoder, TooLarge, to_stored
 from ldm.images import decode_rgb, resize_and_crop, to_tensor
 from ldm.models.autoencoder import load_autoencoder
 from ldm.shards import decode_array, iterate_tar
+from ldm.training.loader import Draw, Loader
 from pipelines.dag import Dag, Job
 from pipelines.manifest import StageFolder, StaleError
-from pipelines.stages import precompute_latents
+from pipelines.selection import write_selection
+from pipelines.stages import precompute_latents, train
 from pipelines.stages.precompute_latents import Worker
 from pipelines.training_set import check_cache, check_scale
 from pipelines.verify import verify
@@ -300,3 +302,21 @@ def test_real_photographs_through_taef2(tmp_path: Path) -> None:
             image = to_tensor(fit(decode_rgb(tar.extractfile(member).read()), (128, 128)))[None]
             psnrs += encoder.psnr(image, to_stored([member.name], encoder.encode(image)))
     assert len(psnrs) == 4 and min(psnrs) > 20, psnrs
+
+
+def test_training_reads_a_cache_of_shapes_sample_by_sample(rich: Dag, tmp_path: Path) -> None:
+    """Every kept sample once in an epoch, each in its own shape, and only of the resolution that is trained on."""
+    job = rich.statuses["precompute_latents"].job
+    latents = job.output
+    output, masks = StageFolder(tmp_path, "train"), {0: np.arange(6) != 2, 1: np.ones(6, bool)}
+    write_selection(tmp_path / "selection.parquet", masks)
+    used = replace(train_job(rich), inputs={"precompute_latents": latents}, output=output)
+    data = train.train_data(used, "selection")
+    assert sum(data.counts()) == 11 and all("/32/" in info.tar for info in data.shards)
+    loader = Loader(data, Draw(0, 10, 0.0), None, lanes=2, window_shards=2, batch_size=1, micro_batch_size=1)
+    seen = {loader.batch(range(i, i + 1)).keys[0]: tuple(loader.batch(range(i, i + 1)).z0.shape[2:]) for i in range(11)}
+    assert "00000002" not in seen and len(seen) == 11
+    for key, shape in seen.items():
+        height, width = picture(int(key[:6]), int(key[6:])).shape[:2]
+        expected = nearest_shape(bucket_shapes(32, 2.0, 8), height, width)
+        assert shape == (expected[0] // 8, expected[1] // 8), key
