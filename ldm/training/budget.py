@@ -1,0 +1,157 @@
+"""What a training run will cost, before it starts: memory for each GPU, arithmetic, days, money.
+
+Counts of parameters, arithmetic and activations are taken from the model itself, built without memory (device "meta")
+and run once; what ZeRO shares out follows from Rajbhandari et al. 2020, Sec. 3, and from what ldm/training/engine.py
+does. A process also needs 1 to 3 GB for CUDA, its libraries and its largest buckets: RESERVE_BYTES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.config import TrainingConfig
+from ldm.models.attention import AttentionBlock, SpatialTransformer
+from ldm.models.blocks import ResBlock
+from ldm.models.denoiser import Denoiser
+
+RESERVE_BYTES = 3e9
+BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock)  # what activation checkpointing computes again
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What a model costs for one sample, and to keep."""
+
+    trained: int  # parameters that the optimizer moves
+    averaged: int  # of those, how many have an average
+    frozen: int
+    forward_flop: float  # of all, frozen parts included; a multiplication and an addition are two
+    frozen_flop: float  # of the frozen parts, which have no backward pass
+    activation_bytes: float  # kept for the backward pass, in float32
+    checkpointed_bytes: float  # the same with activation checkpointing: inputs of blocks, and the largest block
+
+    def step_flop(self) -> float:
+        """For one sample of an optimizer step: the backward pass costs two forward passes (Kaplan et al. 2020)."""
+        return 3 * (self.forward_flop - self.frozen_flop) + self.frozen_flop
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # float32 weights and both moments
+    average: float
+    activations: float
+
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations + RESERVE_BYTES
+
+
+def model_costs(denoiser: Denoiser, z_t: Tensor, condition: dict[str, Tensor], ema_of: str) -> ModelCosts:
+    """Runs one sample z_t (1, c, h, w) through a denoiser on the device "meta"."""
+    parameters = list(denoiser.named_parameters())
+    trained = {name: p.numel() for name, p in parameters if p.requires_grad}
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    kept = _Kept(denoiser)
+    with FlopCounterMode(display=False) as flop, kept.counted(), _FlashAttention():
+        denoiser(z_t, t, condition)
+    with FlopCounterMode(display=False) as frozen_flop, torch.no_grad():
+        if denoiser.text_encoder is not None and not any(p.requires_grad for p in denoiser.text_encoder.parameters()):
+            denoiser.encode_condition(condition)
+    return ModelCosts(
+        trained=sum(trained.values()),
+        averaged=sum(n for name, n in trained.items() if ema_of == "all" or name.startswith("unet.")),
+        frozen=sum(p.numel() for _, p in parameters if not p.requires_grad),
+        forward_flop=float(flop.get_total_flops()),
+        frozen_flop=float(frozen_flop.get_total_flops()),
+        activation_bytes=kept.bytes,
+        checkpointed_bytes=kept.bytes - sum(kept.blocks) + kept.inputs + max(kept.blocks, default=0.0),
+    )
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention as GPUs compute it: on the device "meta" torch would keep every score for the backward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and not kwargs:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Kept:
+    """Adds up what autograd keeps of a forward pass; weights, which are there anyway, do not count."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.bytes = self.inputs = 0.0
+        self.blocks: list[float] = []  # what each block keeps
+        self._seen = {p.untyped_storage()._cdata for p in module.parameters()}
+        self._alive: list[Tensor] = []  # so that no storage is freed and its place counted as seen
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        handles = []
+        for block in self.module.modules():
+            if isinstance(block, BLOCKS):
+                handles.append(block.register_forward_pre_hook(self._enter))
+                handles.append(block.register_forward_hook(self._leave))
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x):
+            yield
+        for handle in handles:
+            handle.remove()
+
+    def _keep(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(x)
+            self.bytes += storage.nbytes()
+        return x
+
+    def _enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.blocks.append(-self.bytes)
+        self.inputs += inputs[0].numel() * inputs[0].element_size()
+
+    def _leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.blocks[-1] += self.bytes
+
+
+def memory(
+    costs: ModelCosts,
+    training: TrainingConfig,
+    zero_stage: int,
+    micro_batch_size: int,
+    world_size: int,
+    activation_checkpointing: bool,
+) -> Memory:
+    """What each of `world_size` GPUs holds while it trains.
+
+    float32 at stage 0 updates the weights themselves; from stage 1 on each process has its share of float32 weights
+    beside those that the model computes with. bf16_autocast keeps weights in float32 and half of the activations.
+    """
+    n, share = costs.trained, 1 / world_size
+    width = 2 if training.precision == "bf16" else 4
+    activations = costs.checkpointed_bytes if activation_checkpointing else costs.activation_bytes
+    return Memory(
+        weights=width * (n * (share if zero_stage == 3 else 1) + costs.frozen),
+        gradients=width * n * (share if zero_stage >= 2 else 1),
+        optimizer=8 * n if zero_stage == 0 else 12 * n * share,
+        average=4 * costs.averaged * (share if zero_stage else 1),
+        activations=activations * micro_batch_size * (1 if training.precision == "float32" else 0.5),
+    )
+
+
+def gpu_seconds(costs: ModelCosts, training: TrainingConfig, peak_flops: float, mfu: float) -> float:
+    """Seconds of one GPU for the whole run, at a share `mfu` of its peak."""
+    return costs.step_flop() * training.batch_size * training.max_steps / (peak_flops * mfu)
