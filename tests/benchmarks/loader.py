@@ -1,8 +1,7 @@
 """Samples a second from a latent cache: our loader, webdataset's own, and MosaicML Streaming, on the same latents.
 
     python -m tests.benchmarks.loader --samples 8000 --seconds 4 --rounds 3
-    python -m tests.benchmarks.loader --streaming .streaming/bin/python      # an environment made with
-                                                                              # infra/constraints-streaming.txt
+    python -m tests.benchmarks.loader --streaming .streaming/bin/python   # an environment with mosaicml-streaming
 
 Latents are moments of 256 px in fp16, (8, 32, 32), 16 KiB, with a caption each, in shards of 1,000. What is timed is
 what a training loop asks for: shuffled batches of 64 as tensors, with captions, tokens or neither. "all" is what our
