@@ -1,0 +1,160 @@
+"""Real signals to a real run: training saves, leaves and loses no step; a killed worker is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ldm.training.checkpoint import newest
+from pipelines import stopping
+from pipelines.config import CONF, compose
+from pipelines.journal import journal_path, read_entries, read_metrics
+from pipelines.manifest import read_json
+from pipelines.tracking import Tracker
+from tests.pipelines.small_cache import make_cache
+
+ROOT = CONF.parent
+GRACE_SECONDS = 30.0
+SETTINGS = ["text_encoder.canvas=[4,4,4]", "training.batch_size=4", "training.lr_schedule=constant",
+            "training.lr_end=1", "training.warmup_steps=2", "training.log_every_steps=1",
+            "training.grid.every_steps=null", "unet.channel_mult=[1,1]", "unet.attention_resolutions=[2]",
+            "unet.transformer_depth=[1,1]", "cluster.train.run.micro_batch_size=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("cache")
+    make_cache(outputs, *SETTINGS, shards=2)
+    return outputs
+
+
+@pytest.fixture
+def outputs(cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache, tmp_path / "outputs"))
+
+
+def command(outputs: Path, *overrides: str) -> list[str]:
+    known = [f"paths.outputs={outputs}", "name=small", "dataset.filter_images.min_size=16",
+             "dataset.precompute_latents.resolution=32", "dataset.precompute_latents.batch_size=4",
+             "dataset.precompute_latents.check_samples=2", "dataset.precompute_latents.min_psnr=3.0"]  # fmt: skip
+    return [sys.executable, "-m", "pipelines.run", "+stage=train", *known, *SETTINGS, *overrides]
+
+
+def start(outputs: Path, *overrides: str) -> subprocess.Popen[str]:
+    log = open(outputs / "log.txt", "a")
+    return subprocess.Popen(command(outputs, *overrides), cwd=ROOT, stdout=log, stderr=log, text=True)
+
+
+def told(outputs: Path) -> list[int]:
+    """Every step that the training worker told of, in the order of telling."""
+    path = journal_path(outputs / "small", "train", "rank0")
+    entries = read_entries(path)[0] if path.exists() else []
+    return [entry["step"] for entry in entries if entry["kind"] == "metrics" and "loss" in entry["values"]]
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen[str], outputs: Path, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None and time.monotonic() < deadline, (outputs / "log.txt").read_text()
+        time.sleep(0.05)
+
+
+def step_of(outputs: Path) -> int:
+    last = newest(outputs / "small/train")
+    return last.step if last else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_no_step_is_lost(outputs: Path, number: signal.Signals) -> None:
+    process = start(outputs, "training.max_steps=100000")
+    wait_for(lambda: len(told(outputs)) >= 3, process, outputs)
+    began = time.monotonic()
+    process.send_signal(number)
+    code = process.wait(120)
+    seconds = time.monotonic() - began
+    log = (outputs / "log.txt").read_text()
+    print(f"{number.name}: left after {seconds:.1f} s")
+    assert code == 128 + number and "Traceback" not in log, log
+    assert f"{number.name}: training saves and leaves" in log and "the same command goes on from here" in log
+    assert seconds < GRACE_SECONDS
+    steps = told(outputs)
+    assert steps == list(range(1, steps[-1] + 1)) and step_of(outputs) == steps[-1]
+    assert not (outputs / "small/train/lock").exists()
+
+    goal = steps[-1] + 3
+    assert start(outputs, f"training.max_steps={goal}").wait(400) == 0, (outputs / "log.txt").read_text()
+    assert told(outputs) == list(range(1, goal + 1)) and step_of(outputs) == goal
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_worker_is_replaced_and_goes_on_in_the_same_mlflow_run(outputs: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    process = start(outputs, "training.max_steps=100000", "cluster.train.run.checkpoint_every_steps=5")
+    wait_for(lambda: step_of(outputs) >= 5, process, outputs)
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    before = len(told(outputs))
+    workers[1].send_signal(signal.SIGKILL)
+    wait_for(lambda: len(told(outputs)) > before + 20, process, outputs)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143, (outputs / "log.txt").read_text()
+
+    steps = told(outputs)
+    back = next(i for i, (a, b) in enumerate(zip(steps, steps[1:], strict=False), 1) if b <= a)
+    assert steps[:back] == list(range(1, steps[back - 1] + 1))  # before the kill
+    assert steps[back:] == list(range(steps[back], steps[-1] + 1)) and steps[back] % 5 == 1  # from a checkpoint on
+    assert steps[back - 1] - steps[back] < 10  # at most what two checkpoints bound
+    assert [step for step, _, _ in read_metrics(outputs / "small", "train")["loss"]] == list(range(1, steps[-1] + 1))
+
+    client = MlflowClient(f"sqlite:///{outputs / 'mlflow.db'}")
+    run_id = read_json(outputs / "small/tracking.json")["runs"]["train"]
+    history = [point.step for point in client.get_metric_history(run_id, "loss")]
+    assert sorted(history) == list(range(1, max(history) + 1)) and max(history) > steps[back - 1]
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    asked: list[int] = []
+    with pytest.raises(stopping.Stopped) as first:
+        with stopping.asking(lambda: asked.append(1), "it saves"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            after = True
+    assert asked == [1] and after and first.value.exit_code == 143
+    with pytest.raises(stopping.Stopped) as second:
+        with stopping.asking(lambda: asked.append(2), "it saves"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second signal did not end it")
+    assert asked == [1, 2] and second.value.exit_code == 130
+
+
+def test_a_signal_ends_other_stages_at_once_and_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(stopping.Stopped, match="stopped by SIGTERM"):
+        with stopping.ending():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("it went on")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_a_signal_ended_says_so_in_its_journal(tmp_path: Path) -> None:
+    settings = compose(["tracking=journal"]).tracking
+    with pytest.raises(stopping.Stopped):
+        with Tracker.open(settings, tmp_path / "o") as tracker, tracker.stage("train"), stopping.ending():
+            os.kill(os.getpid(), signal.SIGTERM)
+    lines = [json.loads(line) for line in (tmp_path / "o/journal/train/driver.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines if line["kind"] == "status"] == ["RUNNING", "KILLED"]
