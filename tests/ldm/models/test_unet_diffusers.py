@@ -50,12 +50,12 @@ def test_one_weight_off_shows() -> None:
 
 def test_every_contender_of_the_benchmark_predicts_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(KINDS["shallow"], model_channels=64)
-    contenders = make_contenders(config, compiled=[], bfloat16=True)
+    contenders = make_contenders(config, compiled=[], bfloat16=False)  # bfloat16 may be emulated, and slow
     measure(config, contenders, batch_size=2, side=16, repeats=2, clock=time.perf_counter)
     table = capsys.readouterr().out
-    assert len(contenders) == 9 and all(table.count(contender.name + " ") >= 2 for contender in contenders)
+    assert len(contenders) == 5 and all(table.count(contender.name + " ") >= 2 for contender in contenders)
     with torch.no_grad():
-        contenders[-1].network.get_parameter("conv_in.weight").mul_(2)
+        contenders[3].network.get_parameter("conv_in.weight").mul_(2)
     with pytest.raises(AssertionError):
         measure(config, contenders, batch_size=2, side=16, repeats=2, clock=time.perf_counter)
 
