@@ -18,12 +18,17 @@ import io
 import math
 import os
 import re
+import weakref
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+from ldm.node_cache import NodeCache
+from ldm.storage import StoredFile
 
 INDEX_ROW = np.dtype([("key", "S24"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 BLOCK = 512
@@ -50,6 +55,7 @@ class ShardInfo:
     samples: int
     digest: str  # identity of the shard's content, from its record
     index_sha256: str  # of the index, from the record too: what binds the crc32 of every sample to it
+    stored: tuple[StoredFile, ...] = ()  # tar and index on an object store, to be read through a node's cache
 
 
 class ShardWriter:
@@ -120,6 +126,17 @@ class ShardReader:
 
     def close(self) -> None:
         os.close(self.handle)
+
+
+def open_shard(info: ShardInfo, cache: NodeCache | None) -> ShardReader:
+    """A reader of a shard wherever it lies; the node keeps what was fetched for as long as the reader is in use."""
+    if cache is None or not info.stored:
+        return ShardReader(info)
+    held = ExitStack()
+    tar, index = (str(held.enter_context(cache.file(stored))) for stored in info.stored)
+    reader = ShardReader(replace(info, tar=tar, index=index))
+    weakref.finalize(reader, held.close)
+    return reader
 
 
 def sample_members(data: bytes, key: str, tar: str) -> Iterator[tuple[str, bytes]]:

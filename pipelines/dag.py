@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ldm.storage import StorageError, check, is_remote, place
+from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, plain, section
 from pipelines.manifest import (
     Record,
@@ -111,6 +113,20 @@ class Status:
     funnel: dict[str, Any] | None = None  # {rows, samples, dropped} once done
     digest: str | None = None  # identity of the closed output, in its newest edition
     editions: list[str] = field(default_factory=list)  # identities of all its editions, the first one first
+
+
+def check_places(config: Config) -> None:
+    """Raises ConfigError when results cannot lie where the settings say."""
+    if is_remote(config.paths.outputs):
+        raise ConfigError(
+            f"paths.outputs={config.paths.outputs}: checkpoints, journals and reports need a folder that all nodes "
+            f"share; shards may lie on an object store: paths.shards={config.paths.outputs}"
+        )
+    try:
+        if config.paths.shards is not None:
+            check(place(config.paths.shards), "paths.shards")
+    except StorageError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_stage_name(name: str) -> None:
@@ -216,14 +232,17 @@ class Dag:
 
     def home(self, stage: str) -> Path:
         """Where a stage's results lie: in this run, or in the run that paths.reuse names for it."""
-        return Path(self.config.paths.outputs).absolute() / self.config.paths.reuse.get(stage, self.config.name) / stage
+        paths = self.config.paths
+        where = paths.outputs if paths.shards is None or STAGES[stage].kind == "whole" else paths.shards
+        root = place(where) if is_remote(where) else Path(where).absolute()
+        return root / paths.reuse.get(stage, self.config.name) / stage
 
     def _folder(self, stage: str) -> StageFolder:
         path = self.home(stage)
         if STAGES[stage].many:
             digests = {read: self._digest_read(stage, read) for read in reads(self.config, stage)}
             path /= sha256_bytes(canonical({"fingerprint": self.fingerprints[stage], "inputs": digests}))[:8]
-        return StageFolder(path, stage)
+        return stage_folder(path, stage, self.config.cluster.cache)
 
     def _status(self, stage: str) -> Status:
         job = self.job(stage)
@@ -243,7 +262,7 @@ class Dag:
         if record is None or not self._inputs_done(job.stage):
             return Status(job)
         digests = {read: self._digest_read(job.stage, read) or "" for read in reads(self.config, job.stage)}
-        if reason := _stale(job, record, digests):
+        if reason := _stale(job, record, digests, job.output.missing_files([record]).get(None)):
             raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
         funnel = {"rows": record.rows, "samples": record.samples, "dropped": record.dropped}
@@ -260,8 +279,9 @@ class Dag:
         records, manifest = job.output.committed(), job.output.manifest()
         if STAGES[job.stage].kind == "table" and manifest is not None:  # the rest belongs to an unfinished edition
             records = {row["shard"]: records[row["shard"]] for row in manifest["shards"] if row["shard"] in records}
+        missing = job.output.missing_files(records.values())
         stale = {shard: reason for shard, record in records.items()
-                 if (reason := _stale(job, record, self._shard_inputs(job.stage, shard)))}
+                 if (reason := _stale(job, record, self._shard_inputs(job.stage, shard), missing.get(shard)))}
         if stale:
             others = f" (and {len(stale) - 1} more shards like it)" if len(stale) > 1 else ""
             raise StaleError(f"{next(iter(stale.values()))}{others}; {_ways_out(job.stage)}", job.output, list(stale))
@@ -304,7 +324,7 @@ class Dag:
         return f"{job.stage} in {job.output.path} was made from other settings:\n{lines}\n{_ways_out(job.stage)}"
 
 
-def _stale(job: Job, record: Record, digests: dict[str, str]) -> str:
+def _stale(job: Job, record: Record, digests: dict[str, str], missing: list[str] | None) -> str:
     """Says why a record does not count: its fingerprint, its files and its inputs' digests must be those of now."""
     path = job.output.record_path(record.shard)
     if record.fingerprint != job.fingerprint:
@@ -313,7 +333,7 @@ def _stale(job: Job, record: Record, digests: dict[str, str]) -> str:
         if record.inputs.get(name) != digest:
             was = str(record.inputs.get(name))[:12]
             return f"{path} was made from {name} with digest {was}, which now has {digest[:12]}"
-    if missing := job.output.missing_files(record):
+    if missing:
         return f"{path} names files that are absent or have another size: {', '.join(missing[:5])}"
     return ""
 

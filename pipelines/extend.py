@@ -131,7 +131,7 @@ def failed_rows(metadata: StageFolder, download: StageFolder, reasons: set[str])
     for shard in download.committed() if reasons else ():
         again = {row["key"] for row in _ledger(download, shard) if row["reason"] in reasons} - tried
         if again:
-            rows = pq.read_table(metadata / f"{shard_name(shard)}.parquet")
+            rows = pq.read_table(metadata.data(f"{shard_name(shard)}.parquet"))
             rows = rows.filter(pa.array([key in again for key in rows["key"].to_pylist()]))
             keys = rows["key"]
             rows = rows.drop([name for name in ("key", "retry_of") if name in rows.column_names])
@@ -144,7 +144,7 @@ def retried_keys(metadata: StageFolder) -> set[str]:
 
     keys: set[str] = set()
     for shard in metadata.committed():
-        file = pq.ParquetFile(metadata / f"{shard_name(shard)}.parquet")
+        file = pq.ParquetFile(metadata.data(f"{shard_name(shard)}.parquet"))
         if "retry_of" in file.schema_arrow.names:
             keys.update(key for key in file.read(["retry_of"])["retry_of"].to_pylist() if key is not None)
     return keys
@@ -155,7 +155,7 @@ def _ledger(download: StageFolder, shard: int) -> list[dict]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(download / f"{shard_name(shard)}.parquet", columns=["key", "reason"],
+    rows = pq.read_table(download.data(f"{shard_name(shard)}.parquet"), columns=["key", "reason"],
                          filters=pc.field("reason") != "")  # fmt: skip
     return rows.to_pylist()
 

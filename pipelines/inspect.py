@@ -89,7 +89,7 @@ def _funnel_lines(folder: StageFolder, records: list[Record]) -> list[str]:
     size = sum(record.bytes for record in records)
     lines = [f"  {funnel['rows']:,} samples came in, {funnel['samples']:,} went out; {size:,} bytes"]
     lines += [f"    dropped, {reason}: {count:,}" for reason, count in funnel["dropped"].items()]
-    wrong = [name for record in records for name in folder.missing_files(record)]
+    wrong = [name for names in folder.missing_files(records).values() for name in names]
     return lines + ([f"  missing or of another size: {', '.join(wrong)}"] if wrong else [])
 
 

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.storage import is_remote
+
 RUN = "run"  # the journal of the DAG itself stands beside those of its stages
 
 
@@ -91,6 +93,8 @@ class Journal:
 
     def _place(self, path: str | Path) -> str:
         """From the run's own folder when the path lies there, so that the folder may be moved."""
+        if is_remote(path):
+            return str(path)
         absolute, output = Path(os.path.abspath(path)), output_of(self.path)
         return str(absolute.relative_to(output) if absolute.is_relative_to(output) else absolute)
 

@@ -10,6 +10,7 @@ The disk is the truth. A stage's folder holds
 
 A data file is written in a staging folder that is unique to the attempt, synced, hashed and renamed; its record
 follows in the same way. Whatever a crash leaves behind lies in `.attempts/` and is swept by the next lock holder.
+On an object store all this is the business of pipelines/bucket.py.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldm.crash import crash_point
+from ldm.node_cache import NodeCache
+from ldm.storage import StoredFile, is_remote, place, put, read, sha256_file
 
 FORMAT = 1
 ATTEMPTS = ".attempts"
@@ -49,11 +52,6 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fsync_folder(path: str | Path) -> None:
     """Makes the renames in a folder last through a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -70,6 +68,8 @@ def fsync_file(path: str | Path) -> None:
 
 def write_whole(path: str | Path, data: bytes) -> None:
     """Writes a file so that a reader sees all of it or nothing, whatever happens in between."""
+    if is_remote(path):
+        return put(place(path), data)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -90,8 +90,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Raises ValueError naming the file when it does not hold JSON: nothing half-written is taken for whole."""
+    return parse_json(read(path), path)
+
+
+def parse_json(data: bytes, path: str | Path) -> Any:
+    """The JSON that was read from a file, whose name an error tells."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path} does not hold JSON ({error}); remove it to have it made again") from error
 
@@ -152,9 +157,16 @@ def seal_of(value: dict[str, Any]) -> str:
 
 def read_record(path: str | Path) -> Record | None:
     """The record in a file, or None when there is none. Raises ValueError for a file that is not a record."""
-    if not os.path.exists(path):
+    try:
+        data = read(path)
+    except FileNotFoundError:
         return None
-    value = check_format(read_json(path), path)
+    return parse_record(data, path)
+
+
+def parse_record(data: bytes, path: str | Path) -> Record:
+    """The record that was read from a file, held against its seal."""
+    value = check_format(parse_json(data, path), path)
     seal, expected = value.pop(SEAL, None), seal_of(value)
     if seal is not None and seal != expected:
         raise ValueError(
@@ -167,13 +179,16 @@ def read_record(path: str | Path) -> Record | None:
         raise ValueError(f"{path} is not a record of format {FORMAT}: {error}") from error
 
 
+def attempt_label(shard: int | None) -> str:
+    """What the name of an attempt's staging folder begins with."""
+    return "stage" if shard is None else shard_name(shard)
+
+
 class Attempt:
     """One try at a shard: files go to `path`, and `commit` makes them the shard's."""
 
-    def __init__(self, folder: StageFolder, shard: int | None, fingerprint: str) -> None:
-        self.folder, self.shard, self.fingerprint = folder, shard, fingerprint
-        label = "stage" if shard is None else shard_name(shard)
-        self.path = folder.path / ATTEMPTS / f"{label}-{uuid.uuid4().hex}"
+    def __init__(self, folder: StageFolder, shard: int | None, fingerprint: str, path: Path) -> None:
+        self.folder, self.shard, self.fingerprint, self.path = folder, shard, fingerprint, path
 
     def commit(
         self,
@@ -185,7 +200,7 @@ class Attempt:
         facts: dict[str, Any] | None = None,
         keep: dict[str, dict[str, Any]] | None = None,
     ) -> Record:
-        """Syncs, hashes and renames every file of the attempt, then writes the record.
+        """Hashes every file of the attempt and puts it in its place, then writes the record.
 
         `keep` names files that are already in place (checkpoints, say) and belong to the record.
         Raises ValueError when rows in are not rows out plus rows dropped; OSError when the disk is full.
@@ -193,7 +208,6 @@ class Attempt:
         names = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file())
         files = dict(keep or {})
         for name in names:
-            fsync_file(self.path / name)
             files[name] = {"bytes": (self.path / name).stat().st_size, "sha256": sha256_file(self.path / name)}
         record = Record(
             stage=self.folder.stage,
@@ -207,11 +221,7 @@ class Attempt:
             facts=facts or {},
         )
         crash_point("before_rename")
-        for name in names:
-            target = self.folder.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path / name, target)
-            fsync_folder(target.parent)
+        self.folder.publish(self.path, names)
         crash_point("before_record")
         value = asdict(record)
         write_json(self.folder.record_path(self.shard), {**value, SEAL: seal_of(value)})
@@ -221,6 +231,8 @@ class Attempt:
 
 class StageFolder:
     """The folder of one stage of one run."""
+
+    cache: NodeCache | None = None  # of the node, where the folder lies on an object store
 
     def __init__(self, path: str | Path, stage: str) -> None:
         self.path, self.stage = Path(path), stage
@@ -248,24 +260,42 @@ class StageFolder:
         shards = sorted(int(p.stem) for p in self.path.glob("[0-9]*.json"))
         return {shard: record for shard in shards if (record := self.record(shard)) is not None}
 
-    def missing_files(self, record: Record) -> list[str]:
-        """Files that a record names and that are absent or have another size (hashes are the business of `verify`)."""
-        wrong = []
-        for name, info in record.files.items():
-            path = self.path / name
-            if not path.is_file() or path.stat().st_size != info["bytes"]:
-                wrong.append(name)
-        return wrong
+    def missing_files(self, records: Iterable[Record]) -> dict[int | None, list[str]]:
+        """By shard, the files that its record names and that are absent or have another size; hashes are for verify."""
+        return {record.shard: wrong for record in records
+                if (wrong := [name for name, info in record.files.items() if self._size(name) != info["bytes"]])}
+
+    def _size(self, name: str) -> int | None:
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else None
+
+    def data(self, name: str) -> Path:
+        """A committed data file on this machine, to be opened now."""
+        return self.path / name
+
+    def stored(self, name: str, record: Record) -> StoredFile | None:
+        """What has to be fetched before a data file can be read; None: nothing."""
+        return None
 
     @contextmanager
     def attempt(self, shard: int | None, fingerprint: str) -> Iterator[Attempt]:
         """A staging folder on the same file system, unique to this try, gone afterwards."""
-        attempt = Attempt(self, shard, fingerprint)
-        attempt.path.mkdir(parents=True)
+        path = self.path / ATTEMPTS / f"{attempt_label(shard)}-{uuid.uuid4().hex}"
+        path.mkdir(parents=True)
         try:
-            yield attempt
+            yield Attempt(self, shard, fingerprint, path)
         finally:
-            shutil.rmtree(attempt.path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, staging: Path, names: list[str]) -> None:
+        """Syncs files of a staging folder and gives them their final names."""
+        for name in names:
+            fsync_file(staging / name)
+        for name in names:
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, target)
+            fsync_folder(target.parent)
 
     def sweep(self) -> int:
         """Removes what crashed attempts left; call it only while holding the stage's lock. Returns how many."""
@@ -326,7 +356,7 @@ class StageFolder:
         if not path.exists():
             return None
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(pa.BufferReader(read(path)))
             metadata = json.loads(table.schema.metadata[b"ldm"])
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest ({error}); remove it and run the stage again") from error

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.node_cache import NodeCache
+from ldm.storage import place
+from pipelines.bucket import stage_folder
 from pipelines.dag import ROOT, STAGES
 from pipelines.drawings import ATTRIBUTION
 from pipelines.journal import RUN, journal_paths, read_entries, read_images, read_metrics
@@ -103,10 +106,16 @@ def read_said(run_folder: Path) -> Said:
 def read_stages(run_folder: Path, params: dict[str, str]) -> list[Made]:
     """The stages that have begun, in order; one that another run lent is read there."""
     found = []
+
+    def told(name: str) -> str | None:
+        return None if params.get(name) == "None" else params.get(name)
+
+    cache = NodeCache(told("cluster.cache.folder"), int(told("cluster.cache.max_bytes") or 0))
     for name, stage in STAGES.items():
-        home = run_folder.parent / params.get(f"paths.reuse.{name}", run_folder.name) / name
+        root = run_folder.parent if stage.kind == "whole" else place(told("paths.shards") or run_folder.parent)
+        home = root / params.get(f"paths.reuse.{name}", run_folder.name) / name
         path = newest_result(home) if stage.many else home
-        folder = StageFolder(path or home, name)
+        folder = stage_folder(path or home, name, cache)
         plan = folder.read_plan()
         if plan is not None:
             note = folder / "run.json"
@@ -247,10 +256,10 @@ def _judged(folders: dict[str, StageFolder]) -> Iterator[tuple[str, bytes, str]]
     masks = read_selection(chosen) if chosen is not None and chosen.exists() else {}
     seen = 0
     for path in sorted(folders["filter_images"].path.glob("[0-9]*.parquet")):
-        rows = pq.read_table(path, columns=["key", "verdict"]).to_pylist()
+        rows = pq.read_table(folders["filter_images"].data(path.name), columns=["key", "verdict"]).to_pylist()
         used = iter(masks.get(int(path.stem), []))
         verdicts = {row["key"]: row["verdict"] or ("" if next(used, True) else "not_selected") for row in rows}
-        for key, fields in iterate_tar(folders["download"] / f"{path.stem}.tar"):
+        for key, fields in iterate_tar(folders["download"].data(f"{path.stem}.tar")):
             data = next((fields[name] for name in PICTURES if name in fields), b"")
             seen += len(data)
             yield verdicts[key], data, fields.get("txt", b"").decode(errors="replace")

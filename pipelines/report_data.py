@@ -33,12 +33,12 @@ def read_rows(folders: dict[str, StageFolder], shards: list[int]) -> list[dict[s
     found = []
     for shard in shards:
         name = f"{shard:06d}.parquet"
-        rows = pq.read_table(folders["filter_metadata"] / name).to_pylist()
+        rows = pq.read_table(folders["filter_metadata"].data(name)).to_pylist()
         fates: dict[str, str] = {}
         for stage, column in (("download", "reason"), ("filter_images", "verdict")):
             path = folders[stage] / name if stage in folders else None
             if path is not None and path.exists():
-                fates |= {row["key"]: row[column] or "" for row in pq.read_table(path).to_pylist()}
+                fates |= {row["key"]: row[column] or "" for row in pq.read_table(folders[stage].data(name)).to_pylist()}
         found += [{**row, "reason": fates[row["key"]]} for row in rows if row["key"] in fates]
     return found
 

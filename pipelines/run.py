@@ -23,8 +23,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldm.storage import StorageError
 from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
-from pipelines.dag import ROOT, STAGES, Dag, Status, check_stage_name, connected, reads, what_of
+from pipelines.dag import ROOT, STAGES, Dag, Status, check_places, check_stage_name, connected, reads, what_of
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
 from pipelines.stopping import Stopped
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, StaleError, LockedError, FileNotFoundError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return NO_SUCH_INPUT
-    except (RuntimeError, ValueError) as error:  # what stages raise; the journal and MLflow keep where it came from
+    # What stages raise; the journal and MLflow keep where it came from.
+    except (RuntimeError, ValueError, StorageError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -83,6 +85,7 @@ def normalise(arguments: list[str]) -> list[str]:
 
 def run(config: Config, command: str) -> int:
     """Brings every wanted stage up to date."""
+    check_places(config)
     dag = Dag(config)
     wanted = dag.wanted()
     with ExitStack() as stack:

@@ -37,9 +37,9 @@ def samples(metadata: StageFolder, images: StageFolder, shard: int) -> pa.Table:
     import pyarrow.parquet as pq
 
     name = f"{shard_name(shard)}.parquet"
-    names = [name for name in pq.read_schema(images / name).names if name != "embedding"]
-    kept = pq.read_table(images / name, columns=names).filter(pc.field("verdict") == "")
-    known = pq.read_table(metadata / name)
+    names = [name for name in pq.read_schema(images.data(name)).names if name != "embedding"]
+    kept = pq.read_table(images.data(name), columns=names).filter(pc.field("verdict") == "")
+    known = pq.read_table(metadata.data(name))
     known = known.take(pc.index_in(kept["key"], known["key"]))
     for column in known.column_names:
         if column not in names:

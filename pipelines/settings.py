@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldm.config import TrainingRunConfig
+from ldm.node_cache import NodeCache
 
 
 # ---- what: conf/dataset ---------------------------------------------------------------------------------------------
@@ -181,11 +182,14 @@ class ClusterConfig:
     train: TrainResources
     whole: Resources  # generate, evaluate and train_autoencoder
     whole_threads: int  # processor threads of those three
+    cache: NodeCache  # of every node; used where paths.shards is on an object store
 
 
 @dataclass(frozen=True)
 class PathsConfig:
-    outputs: str  # folder of all runs
+    outputs: str  # folder of all runs, which all nodes share
+    shards: str | None  # where filter_metadata to precompute_latents write: another folder or s3://bucket/prefix; null:
+    # outputs. The names below it are the same: <name>/<stage>
     reuse: dict[str, str]  # stage -> name of another run whose finished stage is read instead
 
 

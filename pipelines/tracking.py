@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldm.storage import is_remote
 from pipelines.journal import RUN, Journal, journal_path, journal_paths, read_entries
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
 from pipelines.settings import TrackingConfig
@@ -381,7 +382,7 @@ class StageRun:
     def _dataset(self, entry: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = json.dumps({"uri": str(self.output / entry["path"])})
+        source = json.dumps({"uri": entry["path"] if is_remote(entry["path"]) else str(self.output / entry["path"])})
         profile = json.dumps({"digest": entry["digest"]})  # whole: the field of that name holds 36 characters
         data = Dataset(entry["name"], entry["digest"][:MAX_DIGEST], "local", source, profile=profile)
         tag = InputTag("mlflow.data.context", entry["context"])

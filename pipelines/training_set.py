@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ldm.config import AutoencoderConfig, AutoencoderSettings
-from ldm.shards import ShardInfo, ShardReader
+from ldm.node_cache import NodeCache
+from ldm.shards import ShardInfo, open_shard
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file
 from pipelines.selection import read_selection
@@ -34,7 +35,7 @@ def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
     for shard, record in closed_records(latents).items():
         if shard > max(masks, default=-1):
             continue  # it came with a later edition than the one that was trained on
-        readers = [ShardReader(info) for info in shard_infos(latents, record)]
+        readers = [open_shard(info, latents.cache) for info in shard_infos(latents, record)]
         places = sorted((key, which, i) for which, reader in enumerate(readers) for i, key in enumerate(reader.keys()))
         if len(masks.get(shard, ())) != len(places):
             raise ValueError(
@@ -79,7 +80,9 @@ def shard_infos(latents: StageFolder, record: Record) -> list[ShardInfo]:
         folder, index = tar.rpartition("/")[0], tar.removesuffix(".tar") + ".index"
         if resolution is None or folder.partition("/")[0] == str(resolution):
             samples, sha256 = counts.get(folder, record.samples), record.files[index]["sha256"]
-            infos.append(ShardInfo(str(latents / tar), str(latents / index), samples, record.digest, sha256))
+            stored = tuple(file for name in (tar, index) if (file := latents.stored(name, record)))
+            places = str(latents / tar), str(latents / index)
+            infos.append(ShardInfo(*places, samples, record.digest, sha256, stored))
     return infos
 
 
@@ -89,11 +92,11 @@ def shard_info(latents: StageFolder, record: Record) -> ShardInfo:
     return info
 
 
-def used_bits(infos: list[ShardInfo], mask: np.ndarray) -> list[bytes]:
+def used_bits(infos: list[ShardInfo], mask: np.ndarray, cache: NodeCache | None = None) -> list[bytes]:
     """For each tar of a shard one bit for each of its samples, from a mask over all of them in key order."""
     if len(infos) == 1:
         return [np.packbits(mask).tobytes()]
-    keys = [ShardReader(info).rows["key"] for info in infos]
+    keys = [open_shard(info, cache).rows["key"] for info in infos]
     everything = np.sort(np.concatenate(keys)) if keys else np.empty(0)
     return [np.packbits(mask[np.searchsorted(everything, part)]).tobytes() for part in keys]
 

@@ -23,6 +23,9 @@ TOOLS = {
     "open_clip": {"ldm/models/clip.py"},
     "webdataset": {"ldm/shards.py"},
     "duckdb": {"pipelines/stages/filter_metadata.py"},
+    "fsspec": {"ldm/storage.py"},
+    "upath": {"ldm/storage.py"},
+    "botocore": {"ldm/storage.py"},
 }
 
 # A module may import the packages of its own row and of those below it.
@@ -30,7 +33,7 @@ LAYERS = [
     ["pipelines"],
     ["ldm.training", "ldm.evaluation", "ldm.generate", "ldm.interop"],
     ["ldm.models", "ldm.diffusion", "ldm.images", "ldm.shards"],
-    ["ldm.config", "ldm.crash"],
+    ["ldm.config", "ldm.crash", "ldm.storage", "ldm.node_cache"],
 ]
 
 

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from ldm.models.autoencoder import draw_latent
 from ldm.models.tokenizer import Tokenizer
-from ldm.shards import CorruptSample, ShardInfo, ShardReader, decode_array
+from ldm.node_cache import NodeCache
+from ldm.shards import CorruptSample, ShardInfo, ShardReader, decode_array, open_shard
 from ldm.training.mixture import MixedOrder
 from ldm.training.order import Order, held_out
+from ldm.training.prefetch import Prefetcher
 
 MIRRORED = "flipped.npy"  # member of a sample with the latent of the mirrored picture
 
@@ -49,6 +51,7 @@ class TrainData:
     shapes: list[list[int]] | None = None  # c, h, w of each shard's latents where they differ; null: all latent_shape
     caches: list[int] | None = None  # which of several mixed caches each shard belongs to; null: there is one
     weights: tuple[float, ...] = (1.0,)  # of the caches: shares of the samples that are seen
+    node_cache: NodeCache | None = None  # where a node keeps shards of an object store; null: all lie on disk
 
     @property
     def digest(self) -> str:
@@ -225,6 +228,12 @@ class Loader:
         self._cache_left, self._lock = cache_bytes, threading.Lock()
         self._workers = workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
+        self._prefetcher: Prefetcher | None = None
+        if data.node_cache is not None and any(info.stored for info in data.shards):
+            self._prefetcher = Prefetcher(
+                data.node_cache, data.shards, lambda position: self.order.locate(position)[0],
+                lanes=lanes, rank=rank, world_size=world_size,
+            )  # fmt: skip
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Micro batches of this process without end, from `samples_seen` samples of all processes on."""
@@ -262,6 +271,8 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads; batches that were under way are thrown away."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
@@ -269,6 +280,8 @@ class Loader:
         step = self.micro_batch_size * self.world_size
         while True:
             for start in range(samples_seen, samples_seen + self.batch_size, step):
+                if self._prefetcher is not None:
+                    self._prefetcher.follow(start + self.rank)
                 yield range(start + self.rank, start + step, self.world_size)
             samples_seen += self.batch_size
 
@@ -331,7 +344,7 @@ class Loader:
             raise CorruptSample(f"{where} has shape {tuple(latent.shape)}, expected {(channels, h, w)}")
 
     def _open(self, shard: int) -> ShardReader:
-        reader = ShardReader(self.data.shards[shard])
+        reader = open_shard(self.data.shards[shard], self.data.node_cache)
         # Closed when the last thread that reads from it has let go, not when it leaves the cache.
         weakref.finalize(reader, os.close, reader.handle)
         return reader

@@ -211,7 +211,7 @@ def run_shard(job: Job, shard: int) -> Record:
     if source is None:
         raise FileNotFoundError(f"filter_metadata has no shard {name}; run +stage=filter_metadata first")
     check_canary(settings)
-    rows = pq.read_table(job.inputs["filter_metadata"] / f"{name}.parquet", columns=["key", "url", "caption"])
+    rows = pq.read_table(job.inputs["filter_metadata"].data(f"{name}.parquet"), columns=["key", "url", "caption"])
     with job.output.attempt(shard, job.fingerprint) as attempt:
         base = attempt.path / name
         arrivals, fetcher = Arrivals(settings), fetcher_of_process(settings, job.how.connect)

@@ -67,7 +67,7 @@ def known_of_sources(download: StageFolder, record: Record) -> dict[str, dict[st
     name = f"{shard_name(record.shard or 0)}.parquet"
     if name not in record.files:
         return {}
-    rows = pq.read_table(download / name, columns=["key", "original_width", "original_height", "md5", "sha256"])
+    rows = pq.read_table(download.data(name), columns=["key", "original_width", "original_height", "md5", "sha256"])
     return {row["key"]: {"original_width": row["original_width"], "original_height": row["original_height"],
                          "md5_of_source": row["md5"], "sha256_of_source": row["sha256"]}
             for row in rows.to_pylist()}  # fmt: skip
@@ -91,7 +91,7 @@ class Worker:
         if source is None:
             raise FileNotFoundError(f"download has no shard {name}; run +stage=download first")
         known = known_of_sources(download, source)
-        seen = sorted(self._look(download / f"{name}.tar"), key=lambda row: row["key"])
+        seen = sorted(self._look(download.data(f"{name}.tar")), key=lambda row: row["key"])
         rows = [{**row, **known.get(row["key"], {})} for row in seen]
         dropped = Counter(row["verdict"] for row in rows if row["verdict"])
         table = pa.Table.from_pylist(rows, schema=schema(self.settings))

@@ -200,10 +200,10 @@ class Worker:
     def _pictures(self, shard: int) -> Iterator[tuple[str, bytes, dict[str, np.ndarray]]]:
         """(key, caption, picture by folder) of the kept pictures in key order; threads decode some batches ahead."""
         name = shard_name(shard)
-        table = pq.read_table(self.job.inputs["filter_images"] / f"{name}.parquet", columns=["key", "verdict"])
+        table = pq.read_table(self.job.inputs["filter_images"].data(f"{name}.parquet"), columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
         ahead: deque[tuple[str, bytes, Future[dict[str, np.ndarray]]]] = deque()
-        for key, fields in iterate_tar(self.job.inputs["download"] / f"{name}.tar"):
+        for key, fields in iterate_tar(self.job.inputs["download"].data(f"{name}.tar")):
             if key not in kept:
                 continue
             ahead.append((key, fields["txt"], self.decoders.submit(self._decode, picture_of(fields))))

@@ -109,7 +109,7 @@ def train_data(job: Job, selection: str) -> Any:
     for shard, record in records.items():
         tars = shard_infos(latents, record)
         infos += tars
-        used += used_bits(tars, masks[shard])
+        used += used_bits(tars, masks[shard], latents.cache)
     side = {record.facts["latent_side"] for record in records.values() if record.samples}
     return TrainData(
         shards=infos,
@@ -120,6 +120,7 @@ def train_data(job: Job, selection: str) -> Any:
         latent_shape=[network.latent_channels, *(2 * [side.pop()])],
         scale_factor=job.what["autoencoder"].scale_factor,
         shapes=bucket_shapes_of(infos, network),
+        node_cache=latents.cache,
     )
 
 

@@ -50,9 +50,9 @@ def read_pictures(job: Job, size: int) -> tuple[np.ndarray, list[str]]:
     images, captions = [], []
     for shard in sorted(job.inputs["filter_images"].committed()):
         name = shard_name(shard)
-        table = pq.read_table(job.inputs["filter_images"] / f"{name}.parquet", columns=["key", "verdict"])
+        table = pq.read_table(job.inputs["filter_images"].data(f"{name}.parquet"), columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
-        for key, fields in iterate_tar(job.inputs["download"] / f"{name}.tar"):
+        for key, fields in iterate_tar(job.inputs["download"].data(f"{name}.tar")):
             if key in kept:
                 images.append(resize_and_crop(decode_rgb(picture_of(fields)), size))
                 captions.append(fields["txt"].decode())

@@ -7,10 +7,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ldm.node_cache import NodeCache
+from ldm.storage import is_remote, put, sizes
+from pipelines.bucket import stage_folder
 from pipelines.manifest import Record, StageFolder, fingerprint, read_record, sum_funnel, write_whole
+
+
+def folder_in(home: Any, cache: str) -> StageFolder:
+    return stage_folder(home, "download", NodeCache(cache, 10**9))
+
+
+def names(home: Any) -> list[str]:
+    """Every file in a folder."""
+    if is_remote(home):
+        return sorted(sizes(home))
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file())
+
+
+def write(path: Any, data: bytes) -> None:
+    put(path, data) if is_remote(path) else path.write_bytes(data)
 
 
 def commit(folder: StageFolder, shard: int, data: bytes = b"picture") -> Record:
@@ -19,13 +38,14 @@ def commit(folder: StageFolder, shard: int, data: bytes = b"picture") -> Record:
         return attempt.commit(rows=3, samples=2, dropped={"http_404": 1}, inputs={"source": "d"})
 
 
-def test_a_commit_leaves_data_and_record_and_nothing_else(tmp_path: Path) -> None:
-    folder = StageFolder(tmp_path / "download", "download")
+def test_a_commit_leaves_data_and_record_and_nothing_else(home: Any, tmp_path: Path) -> None:
+    folder = folder_in(home, str(tmp_path))
     record = commit(folder, 42)
-    assert sorted(p.name for p in folder.path.iterdir()) == [".attempts", "000042.json", "000042.tar"]
-    assert list((folder.path / ".attempts").iterdir()) == []
-    assert folder.record(42) == record
-    assert folder.path.joinpath("000042.json").stat().st_size < 2048
+    assert names(home) == ["000042.json", "000042.tar"]
+    assert [path for attempts in tmp_path.rglob("*attempts") for path in attempts.iterdir()] == []
+    assert folder.record(42) == record and folder.committed() == {42: record} and folder.record(43) is None
+    assert (home / "000042.json").stat().st_size < 2048
+    assert folder.data("000042.tar").read_bytes() == b"picture"
 
 
 def test_a_record_that_loses_a_row_is_refused(tmp_path: Path) -> None:
@@ -47,27 +67,33 @@ def test_a_record_with_an_altered_figure_is_refused(tmp_path: Path, monkeypatch:
     assert folder.record(0).inputs == {"source": "e"}
 
 
-def test_the_digest_is_of_content_and_not_of_settings(tmp_path: Path) -> None:
-    a, b = StageFolder(tmp_path / "a", "download"), StageFolder(tmp_path / "b", "download")
+def test_the_digest_is_of_content_and_not_of_settings(home: Any, tmp_path: Path) -> None:
+    a, b = folder_in(home, str(tmp_path)), StageFolder(tmp_path / "b", "download")
     assert commit(a, 0).digest == commit(b, 0).digest
     assert commit(a, 1, b"other").digest != commit(b, 1).digest
 
 
 @pytest.mark.parametrize("point, files", [("before_rename", []), ("before_record", ["000000.tar"]),
                                           ("after_record", ["000000.json", "000000.tar"])])
-def test_a_kill_at_any_point_leaves_a_record_only_with_its_data(tmp_path: Path, point: str, files: list[str]) -> None:
+def test_a_kill_at_any_point_leaves_a_record_only_with_its_data(
+    home: Any, tmp_path: Path, point: str, files: list[str]
+) -> None:
+    cache = str(tmp_path / "cache")
     code = (
-        "from tests.pipelines.test_manifest import commit; from pipelines.manifest import StageFolder; "
-        f"commit(StageFolder({str(tmp_path)!r}, 'download'), 0)"
+        "from tests.pipelines.test_manifest import commit, folder_in; from ldm.storage import place; "
+        f"commit(folder_in(place({str(home)!r}), {cache!r}), 0)"
     )
     died = subprocess.run([sys.executable, "-c", code], env={**os.environ, "LDM_CRASH_AT": point}, check=False)
     assert died.returncode == 137
-    folder = StageFolder(tmp_path, "download")
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == files
+    folder = folder_in(home, cache)
+    left = [name for name in names(home) if not name.startswith(".attempts/")]
+    assert left == files
     assert (folder.record(0) is not None) == (point == "after_record")
-    assert folder.sweep() == 1
+    assert len([path for attempts in tmp_path.rglob("*attempts") for path in attempts.iterdir()]) == 1
+    folder.sweep()
     assert commit(folder, 0).digest == commit(folder, 0).digest
-    assert list((tmp_path / ".attempts").iterdir()) == []
+    assert [path for attempts in tmp_path.rglob("*attempts") for path in attempts.iterdir()] == []
+    assert names(home) == ["000000.json", "000000.tar"]
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 2}', '{"format": 1, "stage": "x"}'])
@@ -78,16 +104,16 @@ def test_a_damaged_record_is_an_error_and_never_absence(tmp_path: Path, text: st
         read_record(path)
 
 
-def test_a_lost_or_shortened_file_is_noticed(tmp_path: Path) -> None:
-    folder = StageFolder(tmp_path, "download")
+def test_a_lost_or_shortened_file_is_noticed(home: Any, tmp_path: Path) -> None:
+    folder = folder_in(home, str(tmp_path))
     record = commit(folder, 0)
-    assert folder.missing_files(record) == []
-    (tmp_path / "000000.tar").write_bytes(b"pic")
-    assert folder.missing_files(record) == ["000000.tar"]
+    assert folder.missing_files([record]) == {}
+    write(home / "000000.tar", b"pic")
+    assert folder.missing_files([record]) == {0: ["000000.tar"]}
 
 
-def test_the_manifest_lists_every_shard_and_sums_the_funnel(tmp_path: Path) -> None:
-    folder = StageFolder(tmp_path, "download")
+def test_the_manifest_lists_every_shard_and_sums_the_funnel(home: Any, tmp_path: Path) -> None:
+    folder = folder_in(home, str(tmp_path))
     records = [commit(folder, shard, str(shard).encode()) for shard in range(3)]
     digest = folder.close("f", records, sum_funnel(records))
     manifest = folder.manifest()
@@ -96,7 +122,17 @@ def test_the_manifest_lists_every_shard_and_sums_the_funnel(tmp_path: Path) -> N
     assert [row["digest"] for row in manifest["shards"]] == [record.digest for record in records]
     again = StageFolder(tmp_path / "again", "download")
     again.close("f", records, sum_funnel(records))
-    assert (tmp_path / "manifest.parquet").read_bytes() == (tmp_path / "again/manifest.parquet").read_bytes()
+    assert (home / "manifest.parquet").read_bytes() == (tmp_path / "again/manifest.parquet").read_bytes()
+
+
+def test_what_is_cleared_is_gone_and_nothing_else(home: Any, tmp_path: Path) -> None:
+    folder = folder_in(home, str(tmp_path))
+    folder.close("f", [commit(folder, shard) for shard in range(2)], {})
+    write(home / "lock", b"held")
+    folder.clear([1])
+    assert names(home) == ["000000.json", "000000.tar", "000001.tar", "lock"]
+    folder.clear()
+    assert names(home) == ["lock"]
 
 
 def test_a_cut_manifest_is_an_error(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def run_evaluate(run: Path, z0: torch.Tensor, prompts: list[tuple[str, bool]]) -
     job = make_job(run, "evaluate", {"evaluation": SETTINGS, "autoencoder": autoencoder(run)}, inputs)
     record = evaluate.run(job)
     assert record.inputs == input_digests(inputs)
-    assert job.output.record() == record and job.output.missing_files(record) == []
+    assert job.output.record() == record and job.output.missing_files([record]) == {}
     return read_json(run / "evaluate/metrics.json")
 
 

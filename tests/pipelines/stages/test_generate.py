@@ -64,7 +64,7 @@ def run_generate(run: Path, settings: GenerationConfig = SETTINGS) -> Path:
     job = make_job(run, "generate", {"generation": settings, "autoencoder": autoencoder(run)}, inputs)
     record = generate.run(job)
     assert record.inputs == input_digests(inputs)
-    assert job.output.record() == record and job.output.missing_files(record) == []
+    assert job.output.record() == record and job.output.missing_files([record]) == {}
     return job.output.path
 
 

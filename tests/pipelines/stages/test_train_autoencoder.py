@@ -78,7 +78,7 @@ def test_it_commits_weights_and_figures_and_leaves_no_state(tmp_path: Path) -> N
     inputs = make_inputs(tmp_path)
     job = job_of(tmp_path, inputs)
     record = train_autoencoder.run(job)
-    assert record == job.output.record() and job.output.missing_files(record) == []
+    assert record == job.output.record() and job.output.missing_files([record]) == {}
     assert (record.rows, set(record.dropped)) == (39, {"held_out", "like_held_out"})
     assert record.inputs == {name: folder.manifest()["digest"] for name, folder in inputs.items()}
     assert record.facts["scale_factor"] == pytest.approx(1 / record.facts["latent_std"], rel=1e-4)
