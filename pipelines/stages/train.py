@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,34 @@ from pipelines.training_set import (
 STOP = "stop"  # a file of this name in the stage's folder asks all workers to save and leave
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What was decided before training starts."""
+
+    selection: str  # digest
+    known: int  # samples there are
+    used: int  # samples trained on
+    reasons: dict[str, int]  # of those that are not
+
+
 def run(job: Job) -> Record:
     """Runs on the driver: selection, training, record."""
+    prepared = prepare(job)
+    with stopping.asking((job.output / STOP).touch, "training saves and leaves"), _stacks_named(job):
+        arguments = {"job": job, "selection": prepared.selection}
+        cluster.launch_training(work, arguments, job.how.cluster.train, job.output.path / ".ray")
+    return commit(job, prepared)
+
+
+def prepare(job: Job) -> Prepared:
+    """Decides which samples are used, and forgets that an earlier run was asked to stop."""
     shards = sorted(job.inputs["precompute_latents"].committed())
     folders = job.inputs["filter_metadata"], job.inputs["filter_images"]
     masks, reasons = select(all_samples(*folders, shards), job.what["dataset.selection"])
     selection = _place_selection(job, masks)
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
     (job.output / STOP).unlink(missing_ok=True)
-    with stopping.asking((job.output / STOP).touch, "training saves and leaves"), _stacks_named(job):
-        arguments = {"job": job, "selection": selection}
-        cluster.launch_training(work, arguments, job.how.cluster.train, job.output.path / ".ray")
-    return _commit(job, known, used, dict(reasons))
+    return Prepared(selection, known, used, dict(reasons))
 
 
 @contextmanager
@@ -78,7 +94,7 @@ def _place_selection(job: Job, masks: dict[int, np.ndarray]) -> str:
     return digest
 
 
-def _commit(job: Job, known: int, used: int, reasons: dict[str, int]) -> Record:
+def commit(job: Job, prepared: Prepared) -> Record:
     """The record of the stage: the last checkpoint's averaged weights are what later stages read."""
     from ldm.training.checkpoint import newest
 
@@ -93,8 +109,8 @@ def _commit(job: Job, known: int, used: int, reasons: dict[str, int]) -> Record:
         name = str(path.relative_to(job.output.path))
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with job.output.attempt(None, job.fingerprint) as attempt:
-        return attempt.commit(rows=known, samples=used, dropped=reasons, inputs=input_digests(job.inputs),
-                              facts={"training.max_steps": last.step}, keep=files)
+        return attempt.commit(rows=prepared.known, samples=prepared.used, dropped=prepared.reasons,
+                              inputs=input_digests(job.inputs), facts={"training.max_steps": last.step}, keep=files)
 
 
 def train_data(job: Job, selection: str) -> Any:
