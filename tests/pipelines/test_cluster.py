@@ -40,12 +40,13 @@ def times(step: cluster.Step, shard: int) -> tuple[float, float]:
 def test_a_later_stage_works_on_early_shards_while_an_earlier_one_works_on_late_ones(
     ray_here: None, tmp_path: Path
 ) -> None:
-    steps = [make_step(tmp_path, stage, range(6), Known(0.3, [], [])) for stage in ("a", "b")]
+    # Long enough that starting the later stage's first process, on a busy machine, is over before the earlier one ends.
+    steps = [make_step(tmp_path, stage, range(12), Known(0.7, [], [])) for stage in ("a", "b")]
     seen: list[tuple[str, int | None]] = []
-    cluster.stream(steps, list(range(6)), lambda stage, record: seen.append((stage, record.shard)))
-    assert sorted(seen) == [(stage, shard) for stage in "ab" for shard in range(6)]
-    assert times(steps[1], 0)[0] < times(steps[0], 5)[1]
-    for shard in range(6):
+    cluster.stream(steps, list(range(12)), lambda stage, record: seen.append((stage, record.shard)))
+    assert sorted(seen) == [(stage, shard) for stage in "ab" for shard in range(12)]
+    assert times(steps[1], 0)[0] < times(steps[0], 11)[1]
+    for shard in range(12):
         assert times(steps[0], shard)[1] <= times(steps[1], shard)[0] + 0.05
 
 

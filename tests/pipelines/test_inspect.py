@@ -99,7 +99,7 @@ def test_a_checkpoint_of_the_original_with_more_than_tensors(tmp_path: Path, cap
 
 def test_shipped_weights(capsys) -> None:
     out = said(capsys, ROOT / "ldm/weights/openmoji_kl_f8.safetensors")
-    assert "20 float16" in out and "1,954,120 parameters" in out and "fits autoencoder=openmoji_kl_f8" in out
+    assert "20 float32" in out and "1,954,120 parameters" in out and "fits autoencoder=openmoji_kl_f8" in out
 
 
 def test_a_denoiser_of_ours_and_its_parts_alone(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_sheet_shows_the_pictures_that_were_encoded(cache: Path, tmp_path: P
     # The first tile stands below the heading, which takes as much as draw_sheet gives it.
     first = sheet[35 : 35 + 32, 10 : 10 + 32]
     others = [np.abs(first - resize_and_crop(picture(1, row), 32)).mean() for row in range(6)]
-    assert np.argmin(others) == 0 and others[0] < 12
+    assert np.argmin(others) == 0 and others[0] < 20
 
 
 def test_latents_are_never_decoded_by_another_autoencoder(cache: Path, tmp_path: Path) -> None:
