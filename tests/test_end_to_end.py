@@ -76,7 +76,7 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     started = time.monotonic()
     assert "Everything is up to date" in run(finished)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # making one stage anew takes longer still
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 

@@ -25,8 +25,9 @@ from pipelines.wire import FetchError
 from tests.pipelines.unkind_server import Unkind, certificate, drip_handshake, raw_server, unkind_server
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
-SETTINGS = replace(compose([]).dataset.download, deadline_seconds=1.0, max_bytes=200_000, retries=1)
-LATEST = 1.8  # seconds after which a deadline of one second was not kept, on a machine that has other things to do
+SETTINGS = replace(compose([]).dataset.download, deadline_seconds=20.0, max_bytes=200_000, retries=1)
+SHORT = 1.0  # seconds, where a deadline is meant to pass
+LATEST = 4.5  # seconds after which that was not kept, on a machine that has other things to do; a drip takes six
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,6 @@ def test_what_passes_is_tried_again(fetcher: Fetcher) -> None:
 
 
 def test_a_server_that_asks_for_a_pause_gets_it_where_the_deadline_allows(fetcher: Fetcher) -> None:
-    fetcher.settings = replace(SETTINGS, deadline_seconds=4.0)
     started = time.monotonic()
     assert fetcher.fetch("http://a.test/patient") == b"at last"
     assert time.monotonic() - started >= 1
@@ -174,7 +174,8 @@ def test_whatever_a_server_says_nothing_but_fetch_errors_comes_out(make: Callabl
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", ["drip", "dripping-headers", "never"])
-def test_the_deadline_is_for_all_that_a_url_costs(fetcher: Fetcher, path: str) -> None:
+def test_the_deadline_is_for_all_that_a_url_costs(address: str, make: Callable[..., Fetcher], path: str) -> None:
+    fetcher = make(address, deadline_seconds=SHORT, respect_robots=False)
     started = time.monotonic()
     assert reason(fetcher, f"http://a.test/{path}") == "timeout"
     assert time.monotonic() - started < LATEST
@@ -185,22 +186,24 @@ def test_the_deadline_holds_while_tls_shakes_hands_and_names_are_looked_up(
 ) -> None:
     started = time.monotonic()
     with raw_server(drip_handshake) as address:
-        assert reason(make(address), "https://a.test/good") == "timeout"
+        assert reason(make(address, deadline_seconds=SHORT), "https://a.test/good") == "timeout"
     assert time.monotonic() - started < LATEST
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(10) and [])
     started = time.monotonic()
-    assert reason(make(None), "http://slow-names.example/") == "dns"
+    assert reason(make(None, deadline_seconds=SHORT), "http://slow-names.example/") == "dns"
     assert time.monotonic() - started < LATEST
     release.set()
 
 
-def test_without_the_watchdog_a_drip_holds_a_worker(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_watchdog_a_drip_holds_a_worker(
+    address: str, make: Callable[..., Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sabotage twin: the time-out of each read is kept by a drip for ever; only the watchdog ends it."""
     monkeypatch.setattr(wire.WATCHDOG, "watch", lambda handle, deadline: None)
     started = time.monotonic()
-    reason(fetcher, "http://a.test/dripping-headers")
-    assert time.monotonic() - started > 2.5
+    reason(make(address, deadline_seconds=SHORT, respect_robots=False), "http://a.test/dripping-headers")
+    assert time.monotonic() - started > LATEST
 
 
 def test_fetchers_share_one_watchdog_which_forgets_what_is_done(address: str, make: Callable[..., Fetcher]) -> None:

@@ -62,6 +62,6 @@ def test_escapes_do_not_hide_a_path() -> None:
 
 def test_hostile_patterns_cost_little() -> None:
     rules = Robots((("/" + "a*" * 2000 + "b$", False),))
-    started = time.monotonic()
+    started = time.process_time()
     assert rules.allows("/" + "a" * 8000)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 2  # a backtracking matcher would take years

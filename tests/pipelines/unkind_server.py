@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DRIP_SECONDS = 0.05
-DRIPS = 60  # three seconds
+DRIPS = 120  # six seconds
 
 
 class Unkind(BaseHTTPRequestHandler):
