@@ -138,13 +138,14 @@ def memory(
     """What each of `world_size` GPUs holds while it trains.
 
     float32 at stage 0 updates the weights themselves; from stage 1 on each process has its share of float32 weights
-    beside those that the model computes with. bf16_autocast keeps weights in float32 and half of the activations.
+    beside those that the model computes with. bf16_autocast keeps weights in float32 and half of the activations. What
+    is frozen stays whole and in float32 on every GPU.
     """
     n, share = costs.trained, 1 / world_size
     width = 2 if training.precision == "bf16" else 4
     activations = costs.checkpointed_bytes if activation_checkpointing else costs.activation_bytes
     return Memory(
-        weights=width * (n * (share if zero_stage == 3 else 1) + costs.frozen),
+        weights=width * n * (share if zero_stage == 3 else 1) + 4 * costs.frozen,
         gradients=width * n * (share if zero_stage >= 2 else 1),
         optimizer=8 * n if zero_stage == 0 else 12 * n * share,
         average=4 * costs.averaged * (share if zero_stage else 1),

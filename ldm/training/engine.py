@@ -168,7 +168,9 @@ class Engine:
         self.module, self.world, self.stage = module, world, how.zero_stage
         self.clipping = training.gradient_clipping
         self._dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = dict(module.named_parameters())
+        if frozen := [name for name, p in self.parameters.items() if not p.requires_grad]:
+            raise ValueError(f"{len(frozen)} parameters are frozen, {frozen[0]} first; they belong outside the engine")
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         config = deepspeed_config(training, how, world)
         self.accumulation: int = config["gradient_accumulation_steps"]
@@ -258,14 +260,8 @@ class Engine:
         return whole if self.world.rank == 0 else None
 
     def buffers(self) -> dict[str, Tensor]:
-        """What the module's state has besides trained weights; not frozen parts, which come from files of their own."""
-        frozen = tuple(
-            f"{name}."
-            for name, part in self.module.named_modules()
-            if (parameters := list(part.parameters())) and not any(p.requires_grad for p in parameters)
-        )
-        state = self.module.state_dict().items()
-        return {name: x.cpu() for name, x in state if name not in self.parameters and not name.startswith(frozen)}
+        """What the module's state has besides trained weights."""
+        return {name: x.cpu() for name, x in self.module.state_dict().items() if name not in self.parameters}
 
     def _buckets(self, elements: int) -> Iterator[list[str]]:
         names: list[str] = []

@@ -35,6 +35,7 @@ from ldm.sheet import Tile, draw_sheet
 from ldm.training import checkpoint, lr
 from ldm.training.ema import Ema
 from ldm.training.engine import Engine, NonFiniteGradient, World, join
+from ldm.training.frozen import Frozen
 from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
 from ldm.training.meter import Meter
 from ldm.training.watchdog import Watchdog
@@ -78,12 +79,13 @@ def train(
     loader = make_loader(settings, trained_on, tokenizer, run, world)
     held_out_loader = make_loader(settings, held_out, tokenizer, run, world, validation=True) if held_out else None
 
-    # Model: text encoder and U-Net in one module, which the engine shares out; the average of its weights.
+    # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averaged weights.
     torch.manual_seed(training.seed)
     denoiser = make_denoiser(settings.unet, settings.text_encoder)
     if training.start_from is not None:
         start_from(denoiser, training.start_from)
     denoiser.to(world.device)
+    frozen = Frozen(denoiser, training.precision)
     if run.activation_checkpointing:
         checkpoint_activations(denoiser, (ResBlock, SpatialTransformer, AttentionBlock))
     schedule = schedule_of(diffusion).to(world.device)
@@ -91,7 +93,7 @@ def train(
     ema = Ema(engine.stretches(), training.ema_decay, lambda name: training.ema_of == "all" or name.startswith("unet."))
 
     # Where the last run got to.
-    config = run_config(settings, data)
+    config = run_config(settings, data, frozen)
     if first:
         checkpoint.sweep(output)
     dist.barrier()
@@ -116,17 +118,15 @@ def train(
             if step > shown and first and (step % training.log_every_steps == 0 or done):
                 log(step, meter.read())
             if due(step, training.validate_every_steps, shown, done) and held_out_loader is not None:
-                value = validation_loss(engine, held_out_loader, settings, schedule)
+                value = validation_loss(engine, frozen, held_out_loader, settings, schedule)
                 if first:
                     log(step, {"validation_loss": value})
             if training.grid.prompts and due(step, training.grid.every_steps, shown, done):
                 weights = engine.gather(ema.stretches)
                 if weights is not None:
-                    log_grid(
-                        step,
-                        sample_grid(settings, data, weights | engine.buffers(), schedule, tokenizer, decode, step),
-                        "samples",
-                    )
+                    state = weights | engine.buffers()
+                    png = sample_grid(settings, data, state, frozen, schedule, tokenizer, decode, step)
+                    log_grid(step, png, "samples")
             if step > saved and (step % run.checkpoint_every_steps == 0 or done):
                 weights = engine.gather(ema.stretches)
                 checkpoint.save(
@@ -161,7 +161,7 @@ def train(
                     batch = next(batches).to(world.device)
                 seed_dropout(training.seed, batch)
                 z_t = add_noise(schedule, batch.z0, batch.eps, batch.t)
-                prediction = engine(z_t, batch.t, batch.condition)
+                prediction = engine(z_t, batch.t, frozen.encode(batch.condition))
                 loss = loss_of(diffusion, schedule, prediction, batch)  # (b,)
                 engine.backward(refusable(loss))
                 meter.add(loss.detach(), batch.t * 4 // diffusion.timesteps)
@@ -213,6 +213,12 @@ def check(settings: TrainSettings) -> None:
     generate.check(grid_config(training), schedule, settings.diffusion.prediction)
     if training.ema_of not in ("unet", "all"):
         raise ValueError(f"training.ema_of is {training.ema_of!r}; there are: unet, all")
+    text = settings.text_encoder
+    if text is not None and text.kind == "clip" and text.canvas is not None:
+        raise ValueError(
+            f"text_encoder.canvas is {text.canvas}; a text encoder of kind 'clip' is frozen and cannot learn to draw "
+            f"on one: set it to null"
+        )
     if training.held_out_shards and training.validation_samples % training.batch_size:
         raise ValueError(
             f"training.validation_samples is {training.validation_samples}; it must be a multiple of "
@@ -244,17 +250,18 @@ def grid_config(training: TrainingConfig) -> GenerationConfig:
     )
 
 
-def run_config(settings: TrainSettings, data: TrainData) -> dict[str, Any]:
-    """What config.json says: enough to build the model again, and what it was trained on."""
+def run_config(settings: TrainSettings, data: TrainData, frozen: Frozen) -> dict[str, Any]:
+    """What config.json says: enough to build the model again, what it was trained on, and beside which frozen part."""
     known = {name: getattr(data, name) for name in ("edition", "selection", "field", "latent_shape", "scale_factor")}
-    return json.loads(json.dumps({"settings": asdict(settings), "data": known}))
+    return json.loads(json.dumps({"settings": asdict(settings), "data": known, "frozen": frozen.digests()}))
 
 
 def refuse_differences(last: checkpoint.Checkpoint, config: dict[str, Any]) -> None:
     """Raises ValueError when a checkpoint was made from other settings or other data than are asked for now."""
     found = [
         line
-        for part in ("settings", "data")
+        for part in ("settings", "data", "frozen")
+        if part in last.config  # no hash of the frozen part was kept before it left the engine
         for line in checkpoint.differences(last.config[part], config[part])
         if not line.startswith(FREE)
     ]
@@ -369,7 +376,9 @@ def refusal(skipped: int, allowed: int) -> str:
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, loader: Loader, settings: TrainSettings, schedule: Schedule) -> float:
+def validation_loss(
+    engine: Engine, frozen: Frozen, loader: Loader, settings: TrainSettings, schedule: Schedule
+) -> float:
     """Mean loss of the newest weights over held-out samples, always the same ones with the same noise."""
     steps = settings.training.validation_samples // settings.training.batch_size * engine.accumulation
     batches = loader.batches(0)
@@ -377,7 +386,8 @@ def validation_loss(engine: Engine, loader: Loader, settings: TrainSettings, sch
     engine.module.eval()
     for _ in range(steps):
         batch = next(batches).to(engine.world.device)
-        prediction = engine(add_noise(schedule, batch.z0, batch.eps, batch.t), batch.t, batch.condition)
+        z_t = add_noise(schedule, batch.z0, batch.eps, batch.t)
+        prediction = engine(z_t, batch.t, frozen.encode(batch.condition))
         loss = loss_of(settings.diffusion, schedule, prediction, batch)
         total += torch.stack([loss.sum(), torch.tensor(float(len(loss)), device=loss.device)])
     engine.module.train()
@@ -389,6 +399,7 @@ def sample_grid(
     settings: TrainSettings,
     data: TrainData,
     weights: dict[str, Tensor],
+    frozen: Frozen,
     schedule: Schedule,
     tokenizer: Tokenizer | None,
     decode: Decode,
@@ -396,8 +407,9 @@ def sample_grid(
 ) -> bytes:
     """A PNG of one picture for each fixed prompt, from fixed noise, drawn by the averaged weights."""
     prompts = settings.training.grid.prompts
-    denoiser: Denoiser = make_denoiser(settings.unet, settings.text_encoder)
-    denoiser.load_state_dict(weights, strict=False)  # frozen parts are not among them: they come from their own files
+    denoiser: Denoiser = make_denoiser(settings.unet, settings.text_encoder if frozen.text_encoder is None else None)
+    denoiser.load_state_dict(weights)
+    denoiser.text_encoder = frozen.text_encoder or denoiser.text_encoder
     denoiser.eval().to(schedule.signal.device)
     c, h, w = data.latent_shape
     painter = Painter(denoiser, tokenizer, schedule, settings.diffusion.prediction, (c, h, w))

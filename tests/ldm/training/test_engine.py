@@ -138,25 +138,30 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(stage: int) -> N
     assert "the gradient's norm is" in message and same and math.isfinite(norm)
 
 
-class WithFrozenPart(Network):
-    """A network that reads through something frozen, and has a buffer of its own."""
+class WithBuffer(Network):
+    """A network whose state is more than its weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tower = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
         self.register_buffer("scale", torch.tensor(2.0))
 
 
 def kept_names() -> set[str]:
-    training = replace(TRAINING, batch_size=BATCH)
-    engine = Engine(WithFrozenPart(), training, replace(RUN, micro_batch_size=BATCH), join())
+    engine = Engine(WithBuffer(), replace(TRAINING, batch_size=BATCH), replace(RUN, micro_batch_size=BATCH), join())
     steps(engine, range(1))
     return set(engine.gather(engine.stretches()) or {}) | set(engine.buffers())
 
 
-def test_frozen_parts_are_neither_trained_nor_kept() -> None:
+def test_weights_and_buffers_are_kept() -> None:
     (names,) = processes.run(kept_names)
     assert names == {name for name, _ in Network().named_parameters()} | {"scale"}
+
+
+def test_a_frozen_weight_has_no_place_in_the_engine() -> None:
+    network = Network()
+    network.last.requires_grad_(False)
+    with pytest.raises(ValueError, match="2 parameters are frozen, last.weight first; they belong outside the engine"):
+        Engine(network, replace(TRAINING, batch_size=BATCH), RUN, ALONE)
 
 
 # ---- all stages --------------------------------------------------------------------------------------------
