@@ -19,6 +19,8 @@ LARGEST = torch.finfo(torch.float16).max  # 65504, of what is stored
 class TooLarge(RuntimeError):
     """A batch does not fit into memory; the message names the setting and a value that fits."""
 
+    stops_the_run = True  # all other shards are of the same size
+
 
 class Encoder:
     """Holds the autoencoder on one device. image (b, 3, H, W) -> moments (b, 2c, h, w) or latent (b, c, h, w)."""
@@ -47,34 +49,36 @@ class Encoder:
         # A reused process keeps the thread count of its first task.
         torch.set_num_threads(self.threads)
         padding = self.batch_size - len(image)
-        padded = torch.cat([image, image[-1:].expand(padding, -1, -1, -1)]) if padding else image
         try:
+            padded = torch.cat([image, image[-1:].expand(padding, -1, -1, -1)]) if padding else image
             return self._forward(padded)[: len(image)].float()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, whose exception would keep what the failed call had allocated.
-        raise TooLarge(self._advice(padded))
+        raise TooLarge(self._advice(image))
 
     def _forward(self, image: Tensor) -> Tensor:
         image = image.to(self.device, PRECISIONS[self.precision], non_blocking=True)
         return self.autoencoder.encode(image.contiguous(memory_format=self.memory_format))
 
     def _advice(self, image: Tensor) -> str:
-        height, width = image.shape[-2:]
-        pictures = f"{len(image)} pictures of {height}x{width} in {self.precision}"
         fitting = self._largest_fitting(image)
         way = f"set batch_size={fitting}, which fits" if fitting else "not even one does: take a smaller resolution"
-        return f"{pictures} do not fit into the memory of {self.device}; {way}"
+        return f"{self._described(image, self.batch_size)} do not fit into the memory of {self.device}; {way}"
+
+    def _described(self, image: Tensor, count: int) -> str:
+        height, width = image.shape[-2:]
+        return f"{count} pictures of {height}x{width} in {self.precision}"
 
     def _largest_fitting(self, image: Tensor) -> int:
         """The largest half, quarter and so on of a batch that can be encoded; 0 when not even one picture can."""
-        size = len(image) // 2
+        size = self.batch_size // 2
         while size:
             try:
-                self._forward(image[:size])
+                self._forward(image[:1].expand(size, -1, -1, -1))
                 return size
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             size //= 2
@@ -84,14 +88,23 @@ class Encoder:
     def psnr(self, image: Tensor, stored: Tensor) -> list[float]:
         """Peak signal to noise ratio, in dB, of pictures decoded back from what is stored of them (fp16)."""
         z = stored[:, : self.latent_channels].to(self.device, PRECISIONS[self.precision])
-        decoded = self.autoencoder.decode(z).float().clamp(-1, 1).cpu()
+        try:
+            decoded = self.autoencoder.decode(z).float().clamp(-1, 1).cpu()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            pictures = self._described(image, len(image))
+            raise TooLarge(
+                f"{pictures}, decoded back at once, do not fit into the memory of {self.device}; set check_samples to "
+                f"less than {len(image)}"
+            ) from error
         error = (decoded - image).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
         return (10 * torch.log10(4 / error)).tolist()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of a device's memory, or of the machine's."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory ran out, or the machine's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def to_stored(keys: list[str], encoded: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ stage on its own kind of resource, a bounded number in flight. `run_once` runs a
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
 }
 SYSTEM_RETRIES = 3  # a crash of a worker or a node, not an error in a shard
+STOP_SECONDS = 5  # that shards under way are given to end once one said that all would fail
 
 
 class StageFailed(RuntimeError):
@@ -86,38 +89,57 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
     """Sends shards through the steps in order and calls `on_record` for each shard that a step has committed.
 
     Later steps go first, so that work drains. An error in a shard lets all other shards finish and then raises
-    ShardsFailed with the count and the first cause; one that `stops_the_run` lets only those finish that have begun. A
-    crashed worker or node is retried.
+    ShardsFailed with the count and the first cause. After one that `stops_the_run` only later steps go on; what this
+    step and those before it have begun is given up after a few seconds. A crashed worker or node is retried.
     """
     import ray
 
     running: dict[Any, tuple[int, int, Any]] = {}
     failed: list[tuple[str, int, Exception]] = []
+    first, give_up_at = 0, math.inf  # steps before the first one begin nothing any more
     for shard in shards:
         _hand_on(steps, shard)
     while True:
-        for i in reversed(range(len(steps))):
+        for i in reversed(range(first, len(steps))):
             _submit(steps[i], i, running)
         if not running:
             break
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        i, shard, actor = running.pop(done)
+        left = None if give_up_at == math.inf else max(0.0, give_up_at - time.monotonic())
+        done, _ = ray.wait(list(running), num_returns=1, timeout=left)
+        if not done:
+            _give_up(running, first)
+            give_up_at = math.inf
+            continue
+        i, shard, actor = running.pop(done[0])
         step = steps[i]
         step.running -= 1
         if actor is not None:
             step.actors.append(actor)
         try:
-            on_record(step.job.stage, ray.get(done))
+            on_record(step.job.stage, ray.get(done[0]))
         except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.RayActorError,
                 ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             failed.append((step.job.stage, shard, error))
-            if getattr(getattr(error, "cause", None), "stops_the_run", False):
-                for earlier in steps[: i + 1]:
-                    earlier.waiting.clear()
+            if _stops_the_run(error) and i >= first:
+                first, give_up_at = i + 1, time.monotonic() + STOP_SECONDS
             continue
         _hand_on(steps[i + 1 :], shard)
     if failed:
         raise _failure(failed)
+
+
+def _give_up(running: dict[Any, tuple[int, int, Any]], first: int) -> None:
+    """Ends what steps before the first one have under way; nothing half-written is ever taken for whole."""
+    import ray
+
+    for reference, (i, _, actor) in list(running.items()):
+        if i < first:
+            ray.cancel(reference, force=True) if actor is None else ray.kill(actor)
+            del running[reference]
+
+
+def _stops_the_run(error: Exception) -> bool:
+    return getattr(getattr(error, "cause", None), "stops_the_run", False)
 
 
 def _hand_on(steps: list[Step], shard: int) -> None:
@@ -155,7 +177,9 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
 
 
 def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:
-    stage, shard, error = failed[0]
+    stage, shard, error = next((each for each in failed if _stops_the_run(each[2])), failed[0])
+    if _stops_the_run(error):
+        return ShardsFailed(f"{stage} stopped at shard {shard}: {_cause(error)}")
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return ShardsFailed(
         f"{stage}: shard {shard}{others} failed; what else had begun is committed, and the same command goes on from "

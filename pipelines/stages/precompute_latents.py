@@ -105,12 +105,26 @@ class Worker:
             if record is None:
                 raise FileNotFoundError(f"{read} has no shard {name}; run +stage={read} first")
         with job.output.attempt(shard, job.fingerprint) as attempt:
-            facts = self._encode(shard, attempt.path)
+            try:
+                facts = self._encode(shard, attempt.path)
+            except (TooLarge, MemoryError) as error:
+                self.refusal = self._refusal(error)
+                raise TooLarge(self.refusal) from error
             inputs = {f"{read}/{name}": record.digest for read, record in records.items()}
             if "train_autoencoder" in job.inputs:
                 inputs["train_autoencoder"] = job.inputs["train_autoencoder"].record().digest
             kept = records["filter_images"].samples
             return attempt.commit(rows=kept, samples=facts["samples"], dropped={}, inputs=inputs, facts=facts)
+
+    def _refusal(self, error: TooLarge | MemoryError) -> str:
+        """What does not fit, and which setting to lower."""
+        if isinstance(error, TooLarge):
+            return f"{error} (dataset.precompute_latents)"
+        size = self.settings.batch_size
+        return (
+            f"the machine has no memory for three batches of {size} decoded pictures; set "
+            f"dataset.precompute_latents.batch_size to less than {size}"
+        )
 
     # -- one shard ---------------------------------------------------------------------------------------------------
     def _encode(self, shard: int, place: Path) -> dict[str, Any]:
@@ -145,13 +159,9 @@ class Worker:
         """Groups with what was encoded of them, the next one under way on the device while one is written."""
         before = None
         for group in groups:
-            try:
-                encoded = self.encoder.encode(group.image)
-                # Mirrored latents would be wrong: an encoder does not commute with mirrors.
-                flipped = self.encoder.encode(group.image.flip(-1)) if self.settings.flip else None
-            except TooLarge as error:
-                self.refusal = f"{error} (dataset.precompute_latents.batch_size)"
-                raise TooLarge(self.refusal) from error
+            encoded = self.encoder.encode(group.image)
+            # Mirrored latents would be wrong: an encoder does not commute with mirrors.
+            flipped = self.encoder.encode(group.image.flip(-1)) if self.settings.flip else None
             if before is not None:
                 yield before
             before = group, encoded, flipped

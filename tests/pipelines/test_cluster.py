@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from pipelines.config import compose
 from pipelines.dag import How, Job
 from pipelines.manifest import Record, StageFolder
 from pipelines.settings import Resources
-from tests.pipelines.known_stage import Known
+from tests.pipelines.known_stage import LONG, Known
+from tests.pipelines.small_cache import make_cache
 
 MODULE = "tests.pipelines.known_stage"
 
@@ -79,10 +82,39 @@ def test_an_error_lets_the_other_shards_finish_and_is_told_with_its_cause(ray_he
 def test_an_error_that_says_that_all_is_broken_lets_nothing_else_begin(ray_here: None, tmp_path: Path) -> None:
     steps = [make_step(tmp_path, "a", range(40), Known(0.05, [], [], (3,))),
              make_step(tmp_path, "b", range(40), Known(0, [], []))]
-    with pytest.raises(cluster.ShardsFailed, match="shard 3 failed.*Broken: shard 3 came to nothing"):
+    with pytest.raises(cluster.ShardsFailed, match="a stopped at shard 3: Broken: shard 3 came to nothing"):
         cluster.stream(steps, list(range(40)), lambda stage, record: None)
     made = set(steps[0].job.output.committed())
     assert {0, 1, 2} <= made <= set(range(10)) and set(steps[1].job.output.committed()) == made
+
+
+def test_what_is_under_way_when_all_is_broken_is_given_up(ray_here: None, tmp_path: Path) -> None:
+    """The stage before is in the middle of a long shard, whose worker ends with it."""
+    steps = [make_step(tmp_path, "a", range(2), Known(0, [], [], (), slow=(1,))),
+             make_step(tmp_path, "b", range(2), Known(0, [], [], (0,)))]
+    started = time.monotonic()
+    with pytest.raises(cluster.ShardsFailed, match="b stopped at shard 0: Broken: shard 0 came to nothing"):
+        cluster.stream(steps, [0, 1], lambda stage, record: None)
+    assert time.monotonic() - started < LONG / 5 and sorted(steps[0].job.output.committed()) == [0]
+
+
+def test_out_of_memory_ends_the_run_with_the_setting_to_lower(ray_here: None, tmp_path: Path) -> None:
+    """A real Worker on a real Ray, whose device refuses batches of more than two pictures."""
+    job = make_cache(tmp_path / "whole", shards=2).statuses["precompute_latents"].job
+    output = StageFolder(tmp_path / "small", "precompute_latents")
+    output.path.mkdir()
+    steps = [make_step(tmp_path, "a", range(40), Known(0, [], [], (), slow=tuple(range(1, 40)))),
+             cluster.Step(replace(job, output=output), Resources(0.5, 0, 1), {0, 1}, "tests.pipelines.small_device")]
+    with pytest.raises(cluster.ShardsFailed) as failure:
+        cluster.stream(steps, [0, 1], lambda stage, record: None)
+    told = time.time()
+    assert str(failure.value) == (
+        "precompute_latents stopped at shard 0: TooLarge: 4 pictures of 32x32 in float32 do not fit into the memory of "
+        "cpu; set batch_size=2, which fits (dataset.precompute_latents)"
+    )
+    seconds = told - (output / "refused").stat().st_mtime
+    print(f"told {seconds:.1f} s after memory ran out")
+    assert not output.committed() and seconds < LONG / 5
 
 
 def test_a_crashed_worker_is_replaced_and_its_shard_made(ray_here: None, tmp_path: Path) -> None:

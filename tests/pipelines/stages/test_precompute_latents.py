@@ -230,6 +230,36 @@ def test_out_of_memory_stops_at_once_with_a_batch_size_that_fits(
     assert Worker(job_of(plain, tmp_path, batch_size=4)).run_shard(0).samples == 6
 
 
+def test_decoding_back_that_does_not_fit_names_its_own_setting(
+    plain: Dag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small_device(z: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+    worker = Worker(job_of(plain, tmp_path))
+    monkeypatch.setattr(worker.encoder.autoencoder, "decode", small_device)
+    with pytest.raises(TooLarge, match=r"2 pictures of .*decoded back at once.*set check_samples to less than 2"):
+        worker.run_shard(0)
+
+
+def test_decoded_pictures_that_do_not_fit_stop_the_run_too(
+    plain: Dag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy's error, from a decoding thread."""
+    with pytest.raises(MemoryError) as error:
+        np.empty(1 << 60, np.uint8)
+
+    def no_room(data: bytes) -> np.ndarray:
+        raise error.value
+
+    monkeypatch.setattr(precompute_latents, "decode_rgb", no_room)
+    worker = Worker(job_of(plain, tmp_path))
+    for shard in (0, 1):
+        with pytest.raises(TooLarge, match="set dataset.precompute_latents.batch_size to less than 4") as refused:
+            worker.run_shard(shard)
+        assert refused.value.stops_the_run and not list(tmp_path.rglob("*.tar"))
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
     plain: Dag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
