@@ -19,7 +19,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ldm.training.preload"])
 
 
-def run(function: Callable[..., Any], *args: Any, world_size: int = 1, env: dict[str, str] | None = None) -> list[Any]:
+def run(
+    function: Callable[..., Any], *args: Any, world_size: int = 1, env: dict[str, str] | None = None, seconds: float = 240
+) -> list[Any]:
     """function(*args) in each process of a gloo group; returns the results in order of rank.
 
     A result is an exception where the function raised one, and the exit code where the process died.
@@ -35,12 +37,12 @@ def run(function: Callable[..., Any], *args: Any, world_size: int = 1, env: dict
             theirs.close()
             pipes.append(ours)
             processes.append(process)
-        results = [_result(pipe, process) for pipe, process in zip(pipes, processes, strict=True)]
+        results = [_result(pipe, process, seconds) for pipe, process in zip(pipes, processes, strict=True)]
     return results
 
 
-def _result(pipe: Connection, process: Any) -> Any:
-    wait([pipe, process.sentinel], timeout=240)
+def _result(pipe: Connection, process: Any, seconds: float) -> Any:
+    wait([pipe, process.sentinel], timeout=seconds)
     try:
         result = pickle.loads(pipe.recv_bytes()) if pipe.poll() else None
     except EOFError:
