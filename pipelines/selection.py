@@ -7,13 +7,14 @@ one bit for each sample in the order of the latent shard:
     shard, samples, used, mask
 
 A sample that is not used has one reason, the first of: removed, <score>_out_of_bounds, exact_duplicate, near_duplicate,
-below_top_percent. Of duplicates the lowest key stays, whichever shard it is in.
+below_top_percent, near_duplicate_of_trained. Of duplicates the lowest key stays, whichever shard it is in; the last
+reason is for samples of held-out shards that look like one that is trained on.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from pipelines.dag import weights_path
 from pipelines.manifest import StageFolder, sha256_file, shard_name
-from pipelines.near_duplicates import near_duplicates
+from pipelines.near_duplicates import near_any, near_duplicates
 from pipelines.settings import SelectionConfig
 
 if TYPE_CHECKING:
@@ -105,24 +106,28 @@ class _Chosen:
 
 
 def select(
-    shards: Iterable[tuple[int, pa.Table]], settings: SelectionConfig
+    shards: Iterable[tuple[int, pa.Table]], settings: SelectionConfig, held_out: Collection[int] = ()
 ) -> tuple[dict[int, np.ndarray], Counter[str]]:
-    """(a mask for each shard, samples that are not used by reason); shards come in ascending order."""
+    """(a mask for each shard, samples that are not used by reason); shards come in ascending order.
+
+    In the shards that are `held_out` no sample stays that looks like one of the others.
+    """
     removed = removal_list(weights_path(settings.removed)) if settings.removed else set()
     sizes: dict[int, int] = {}
     columns: dict[str, list[np.ndarray]] = {}  # of what the whole set is needed for
     for shard, table in shards:
         sizes[shard] = table.num_rows
-        for name, values in _columns(table, settings, removed).items():
+        for name, values in _columns(table, settings, removed, bool(held_out)).items():
             columns.setdefault(name, []).append(values)
     known = {name: np.concatenate(parts) for name, parts in columns.items()}
     chosen = _Chosen(sizes)
     if sizes and len(chosen.why):
         _decide(chosen, known, settings)
+        _keep_apart(chosen, known, settings, held_out)
     return chosen.masks() if sizes else {}, chosen.counts()
 
 
-def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str]) -> dict[str, np.ndarray]:
+def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str], apart: bool) -> dict[str, np.ndarray]:
     """What the whole set must know of a shard: a few numbers for each sample."""
     found = {"removed": is_removed(table, removed)} if removed else {}
     for score, (low, high) in settings.thresholds.items():
@@ -130,7 +135,7 @@ def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str]) -> d
         found[score] = ~((value >= (-np.inf if low is None else low)) & (value <= (np.inf if high is None else high)))
     if settings.exact_duplicates:
         found["content"] = np.array([digest[:32] for digest in table["sha256"].to_pylist()], "S32")
-    if settings.near_duplicate_bits is not None:
+    if settings.near_duplicate_bits is not None or apart and settings.held_out_near_duplicate_bits is not None:
         found["phash"] = table["phash"].to_numpy().astype(np.uint64)
     if settings.top_score:
         found["top_score"] = score_of(table, settings.top_score, "top_score")
@@ -155,6 +160,18 @@ def _decide(chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionCo
         scores = np.nan_to_num(known["top_score"][used], nan=-np.inf)
         best_first = used[np.argsort(-scores, kind="stable")]  # of equal scores the lowest key
         chosen.drop(best_first[round(len(used) * settings.top_percent / 100) :], "below_top_percent")
+
+
+def _keep_apart(
+    chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionConfig, held_out: Collection[int]
+) -> None:
+    """Leaves out those held-out samples that look like one that is trained on."""
+    if not held_out or settings.held_out_near_duplicate_bits is None:
+        return
+    is_held_out = np.repeat([shard in held_out for shard in chosen.sizes], list(chosen.sizes.values()))
+    held, trained = (chosen.used[is_held_out[chosen.used] == wanted] for wanted in (True, False))
+    phash, bits = known["phash"], settings.held_out_near_duplicate_bits
+    chosen.drop(held[near_any(phash[held], phash[trained], bits)], "near_duplicate_of_trained")
 
 
 def write_selection(path: Path, masks: dict[int, np.ndarray]) -> str:

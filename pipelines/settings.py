@@ -126,6 +126,7 @@ class SelectionConfig:
     thresholds: dict[str, list[float | None]]  # score -> [lowest, highest] that is used; null is no bound
     exact_duplicates: bool  # pictures whose stored bytes are equal are one picture
     near_duplicate_bits: int | None  # perceptual hashes that differ in at most so many of 64 bits are one picture
+    held_out_near_duplicate_bits: int | None  # held-out samples this near to one that is trained on are left out
     top_score: str | None  # score by which the best are taken
     top_percent: float | None  # per cent of samples that are taken
     removed: str | None  # a text file of keys, URLs and hashes (of files as they came or are stored) not to be used

@@ -12,6 +12,7 @@ import numpy as np
 from ldm.config import AutoencoderConfig, AutoencoderSettings
 from ldm.node_cache import NodeCache
 from ldm.shards import ShardInfo, open_shard
+from ldm.training.order import held_out
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file
 from pipelines.selection import read_selection
@@ -84,6 +85,13 @@ def shard_infos(latents: StageFolder, record: Record) -> list[ShardInfo]:
             places = str(latents / tar), str(latents / index)
             infos.append(ShardInfo(*places, samples, record.digest, sha256, stored))
     return infos
+
+
+def held_out_shards(latents: StageFolder, records: dict[int, Record], count: int) -> set[int]:
+    """The shards that ldm.training.loader.hold_out will hold out."""
+    digests = {shard: record.digest for shard, record in records.items() if shard_infos(latents, record)}
+    held = held_out(list(digests.values()), count)
+    return {shard for shard, digest in digests.items() if digest in held}
 
 
 def shard_info(latents: StageFolder, record: Record) -> ShardInfo:

@@ -26,6 +26,7 @@ from pipelines.training_set import (
     bucket_shapes_of,
     check_cache,
     closed_records,
+    held_out_shards,
     input_digests,
     shard_infos,
     used_bits,
@@ -55,9 +56,11 @@ def run(job: Job) -> Record:
 
 def prepare(job: Job) -> Prepared:
     """Decides which samples are used, and forgets that an earlier run was asked to stop."""
-    shards = sorted(job.inputs["precompute_latents"].committed())
+    latents = job.inputs["precompute_latents"]
+    records = closed_records(latents)
     folders = job.inputs["filter_metadata"], job.inputs["filter_images"]
-    masks, reasons = select(all_samples(*folders, shards), job.what["dataset.selection"])
+    held = held_out_shards(latents, records, job.what["training"].held_out_shards)
+    masks, reasons = select(all_samples(*folders, sorted(records)), job.what["dataset.selection"], held)
     selection = _place_selection(job, masks)
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
     (job.output / STOP).unlink(missing_ok=True)

@@ -14,21 +14,21 @@ import pytest
 from pipelines import selection
 from pipelines.config import compose
 from pipelines.dag import Dag
-from pipelines.near_duplicates import near_duplicates
+from pipelines.near_duplicates import near_any, near_duplicates
 from pipelines.selection import read_selection, write_selection
 from pipelines.settings import SelectionConfig
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
-NOTHING = SelectionConfig(thresholds={}, exact_duplicates=False, near_duplicate_bits=None, top_score=None,
-                          top_percent=None, removed=None)  # fmt: skip
+NOTHING = SelectionConfig(thresholds={}, exact_duplicates=False, near_duplicate_bits=None,
+                          held_out_near_duplicate_bits=None, top_score=None, top_percent=None, removed=None)  # fmt: skip
 
 
 def row(key: int, **scores: Any) -> dict[str, Any]:
     return {"key": f"{key:08d}", "url": f"http://a.test/{key}", "phash": key * 0x9E3779B97F4A7C15 % 2**64, **scores}
 
 
-def select(shards: list[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig) -> Any:
-    return selection.select(((shard, table(rows)) for shard, rows in shards), settings)
+def select(shards: list[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig, held_out: Any = ()) -> Any:
+    return selection.select(((shard, table(rows)) for shard, rows in shards), settings, held_out)
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -125,3 +125,36 @@ def test_a_selection_survives_the_disk_and_equal_ones_are_equal_bytes(tmp_path: 
     assert write_selection(tmp_path / "a", masks) == write_selection(tmp_path / "b", masks)
     read = read_selection(tmp_path / "a")
     assert all((read[shard] == mask).all() for shard, mask in masks.items()) and read.keys() == masks.keys()
+
+
+# -- held-out shards -------------------------------------------------------------------------------------------------
+def test_no_held_out_sample_looks_like_one_that_is_trained_on() -> None:
+    near, far = row(7), row(8)
+    near["phash"] ^= 0b101  # two bits from row 7
+    twin, removed = row(4), row(5)
+    twin["phash"], removed["phash"] = row(3)["phash"], row(9)["phash"]
+    shards = [(0, [row(1), row(7), removed]), (1, [row(2), row(3), twin]), (2, [near, far, row(9), row(10)])]
+
+    def used(bits: int | None, held_out: set[int]) -> tuple[list[bool], dict[str, int]]:
+        rules = settings(held_out_near_duplicate_bits=bits, removed=None, thresholds={"score": [0.0, None]})
+        scored = [(n, [{**each, "score": -1.0 if each is removed else 1.0} for each in rows]) for n, rows in shards]
+        masks, reasons = select(scored, rules, held_out)
+        assert masks[0].tolist() == [True, True, False] and masks[1].all()  # what is trained on is not touched
+        return masks[2].tolist(), reasons
+
+    # Row 9 looks like one that is not trained on, which does no harm.
+    assert used(2, {2}) == ([False, True, True, True], {"score_out_of_bounds": 1, "near_duplicate_of_trained": 1})
+    assert used(1, {2})[0] == used(2, set())[0] == used(None, {2})[0] == [True] * 4
+
+
+@pytest.mark.parametrize("bits", [0, 3, 9])
+def test_nearness_to_others_is_what_comparing_all_of_them_finds(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = np.random.default_rng(SEED)
+    others = chance.integers(0, 2**64, 300, np.uint64)
+    hashes = np.concatenate([others[:150], chance.integers(0, 2**64, 50, np.uint64)])
+    for flips in range(8):
+        hashes[20 * flips :] ^= np.uint64(1) << chance.integers(0, 64, len(hashes) - 20 * flips, np.uint64)
+    expected = (np.bitwise_count(hashes[:, None] ^ others[None]) <= bits).any(1)
+    assert near_any(hashes, others, bits).tolist() == expected.tolist() and expected.any() == (bits > 0) and not expected.all()
+    monkeypatch.setattr("pipelines.near_duplicates.PAIRS_AT_ONCE", 100)
+    assert near_any(hashes, others, bits).tolist() == expected.tolist()
