@@ -227,6 +227,9 @@ class TrainingConfig:
 
     seed: int  # decides weights, order, noise, timesteps and dropped captions
     start_from: str | None  # path of an ema.safetensors whose weights a new run begins with; null: random weights
+    resume: str | None  # "step-N": back to that checkpoint, later ones are set aside; null: on from the newest
+    skip_samples: list[int] | None  # [a, b]: samples a to b - 1 of the order are not trained on; null: all are
+    accept: list[str] | None  # keys, as training.learning_rate, that a run that goes on may have changed; null: none
     max_steps: int  # updates of the weights
     batch_size: int  # samples of one update, over all processes
     learning_rate: float  # at its highest
@@ -290,4 +293,7 @@ def from_plain(kind: Any, value: Any) -> Any:
     if not is_dataclass(kind):
         return value
     hints = typing.get_type_hints(kind)
-    return kind(**{field.name: from_plain(hints[field.name], value[field.name]) for field in fields(kind)})
+    # What may be null may also be absent: an older file does not know of it.
+    known = {field.name: value[field.name] for field in fields(kind)
+             if field.name in value or types.NoneType not in typing.get_args(hints[field.name])}  # fmt: skip
+    return kind(**{field.name: from_plain(hints[field.name], known.get(field.name)) for field in fields(kind)})

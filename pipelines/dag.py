@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.storage import StorageError, check, is_remote, place
+from pipelines import rewind
 from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, plain, section
 from pipelines.manifest import (
@@ -45,7 +46,8 @@ class Stage:
     """How a stage runs, what it reads and what decides it.
 
     kind "table" makes shards from the whole set at once, "shards" makes shard n from shard n of what it reads,
-    "whole" makes one result. `grows` names settings of which more extends a finished result instead of changing it.
+    "whole" makes one result. `grows` names settings of which more extends a finished result instead of changing it,
+    `requests` settings that say how to go on with an unfinished one; neither is part of the fingerprint.
     A stage that is `many` keeps one folder for each fingerprint, so that other settings never meet a refusal.
     """
 
@@ -54,6 +56,7 @@ class Stage:
     settings: tuple[str, ...]
     version: int = 1  # raised by hand when the stage's output changes for equal settings
     grows: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
     many: bool = False
 
 
@@ -72,7 +75,7 @@ STAGES = {
     "train": Stage(
         "whole", ("filter_metadata", "filter_images", "precompute_latents"),
         ("dataset.selection", "autoencoder", "text_encoder", "unet", "diffusion", "training"),
-        grows=("training.max_steps",)),
+        grows=("training.max_steps",), requests=("training.accept", "training.resume", "training.skip_samples")),
     "generate": Stage(
         "whole", ("train", "precompute_latents"), ("generation", "autoencoder"), many=True),
     "evaluate": Stage(
@@ -154,7 +157,7 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
 def what_of(config: Config, stage: str) -> dict[str, Any]:
     """The settings that decide a stage, as plain values; files count by their content, never by their path."""
     what = {path: _by_content(plain(section(config, path)), path) for path in STAGES[stage].settings}
-    for path in STAGES[stage].grows:
+    for path in STAGES[stage].grows + STAGES[stage].requests:
         head, _, leaf = path.rpartition(".")
         what[head] = {key: value for key, value in what[head].items() if key != leaf}
     return what
@@ -251,8 +254,17 @@ class Dag:
         if plan is None:
             return Status(job, todo=self.planned(stage) if STAGES[stage].kind == "shards" else [])
         if plan["fingerprint"] != job.fingerprint:
+            if self._accepts(stage, plan):
+                return Status(job)
             raise StaleError(self._refusal(job, plan), job.output)
         return self._whole_status(job) if whole else self._shards_status(job)
+
+    def _accepts(self, stage: str, plan: dict[str, Any]) -> bool:
+        """Whether training goes on with other settings than those of its plan, all of them named by training.accept."""
+        now = self.plan(stage)
+        changed = {line.partition(":")[0] for line in _differences(plan["what"], now["what"], "")}
+        same = all(plan[key] == now[key] for key in ("version", "reads"))
+        return stage == "train" and same and changed <= set(self.config.training.accept or ())
 
     def _inputs_done(self, stage: str) -> bool:
         return all(self.statuses[read].done for read in reads(self.config, stage))
@@ -265,8 +277,9 @@ class Dag:
         if reason := _stale(job, record, digests, job.output.missing_files([record]).get(None)):
             raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
+        back = job.stage == "train" and rewind.is_due(job.output.path, self.config.training)
         funnel = {"rows": record.rows, "samples": record.samples, "dropped": record.dropped}
-        return Status(job, grown, funnel=funnel, digest=record.digest)
+        return Status(job, grown and not back, funnel=funnel, digest=record.digest)
 
     def _digest_read(self, stage: str, read: str) -> str | None:
         """What a stage that makes one result reads: it pins an edition, and what comes after `train` reads the same."""

@@ -154,11 +154,21 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and "kind" in entry else None
 
 
+def _that_stand(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal without those of steps that training went back over."""
+    lines: list[dict[str, Any]] = []
+    for entry in read_entries(path)[0]:
+        if entry["kind"] == "rewind":
+            lines = [line for line in lines if (line.get("step") or 0) <= entry["step"]]
+        lines.append(entry)
+    return lines
+
+
 def read_metrics(output: str | Path, stage: str) -> dict[str, list[tuple[int, float, int]]]:
     """Metrics of a stage: name -> [(step, value, time in ms)] by step; the last word on a step counts."""
     points: dict[str, dict[int, tuple[float, int]]] = {}
     for path in journal_paths(output, stage):
-        for entry in read_entries(path)[0]:
+        for entry in _that_stand(path):
             if entry["kind"] == "metrics":
                 for name, value in entry["values"].items():
                     points.setdefault(name, {})[entry["step"] or 0] = (value, entry["time"])
@@ -172,7 +182,7 @@ def read_images(output: str | Path, stage: str) -> dict[str, list[tuple[int, Pat
     """Every picture of a stage: key -> [(step, path)] by rising step."""
     images: dict[str, dict[int, Path]] = {}
     for path in journal_paths(output, stage):
-        for entry in read_entries(path)[0]:
+        for entry in _that_stand(path):
             if entry["kind"] == "image":
                 images.setdefault(entry["key"], {})[entry["step"] or 0] = output_of(path) / entry["path"]
     return {key: sorted(by_step.items()) for key, by_step in sorted(images.items())}

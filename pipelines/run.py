@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.storage import StorageError
+from pipelines import rewind
 from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
 from pipelines.dag import ROOT, STAGES, Dag, Status, check_places, check_stage_name, connected, reads, what_of
 from pipelines.lock import LockedError, lock
@@ -203,7 +204,11 @@ def _prepare(dag: Dag, stage: str) -> None:
     """Sweeps what crashed attempts left, and writes the plan of a stage that begins."""
     folder = dag.statuses[stage].job.output
     folder.sweep()
-    if folder.read_plan() is None:
+    plan = folder.read_plan()
+    if plan is not None and plan["fingerprint"] != dag.fingerprints[stage]:  # training.accept allows it
+        rewind.set_aside(folder.path, [name for name in ("plan.json", "record.json") if (folder / name).exists()])
+        plan = None
+    if plan is None:
         folder.write_plan(dag.plan(stage))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 NAMES = ("constant", "linear", "cosine", "inverse_sqrt")
+FALLING = ("linear", "cosine")  # to an end at max_steps, which therefore decides every step's rate
 
 
 def multiplier(name: str, step: int, warmup_steps: int, max_steps: int, end: float) -> float:

@@ -98,14 +98,17 @@ def train(
         checkpoint.sweep(output)
     dist.barrier()
     step = saved = samples_seen = skipped = 0
+    history: list[dict[str, Any]] = []  # where the run went another way than its settings alone would say
     if (last := checkpoint.newest(output, finish=True)) is not None:
-        refuse_differences(last, config)
+        changed = accepted_changes(last, config, settings, data)
         step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
         skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
+        history = last.manifest.get("history", []) + ([{"step": step, "accepted": changed}] if changed else [])
         engine.restore(last.read, step)
         ema.restore(last.read_ema, step)
         if first:
             log_line.info("goes on from %s", last.path)
+    check_skipped_samples(training, samples_seen)
     batches = loader.batches(samples_seen)
     meter = Meter(world)
     shown, stopping = step, False
@@ -138,6 +141,7 @@ def train(
                     facts={
                         "samples_seen": samples_seen,
                         "skipped_batches": skipped,
+                        "history": history,
                         "world_size": world.world_size,
                         "zero_stage": run.zero_stage,
                     },
@@ -148,6 +152,10 @@ def train(
             shown = step  # a batch that is left out comes by here without a step
             if done:
                 break
+
+            if (on := after_skipped(training.skip_samples, samples_seen)) > samples_seen:
+                history.append({"step": step, "skipped_samples": [samples_seen, on]})
+                samples_seen, batches = on, loader.batches(on)
 
             watchdog.reset()
             # One step: every process takes its share of the next `batch_size` samples, a micro batch at a time.
@@ -192,8 +200,11 @@ def train(
 # ---- settings ----------------------------------------------------------------------------------------------
 # What may change when a run goes on: how far, what is shown, where equal files lie.
 FREE = (
-    "training.max_steps",
+    "training.max_steps",  # but for schedules that fall to an end there
     "training.start_from",
+    "training.resume",
+    "training.skip_samples",
+    "training.accept",
     "training.log_every_steps",
     "training.grid",
     "training.validate_every_steps",
@@ -203,10 +214,24 @@ FREE = (
     "text_encoder.weights",
 )
 
+# What may change when training.accept names it.
+ACCEPTABLE = tuple(
+    f"training.{name}"
+    for name in (
+        "max_steps", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "lr_end", "beta1", "beta2",
+        "epsilon", "weight_decay", "gradient_clipping", "caption_dropout", "precision", "ema_decay",
+        "max_skipped_batches",
+    )
+)  # fmt: skip
+
 
 def check(settings: TrainSettings) -> None:
     """Refuses settings that cannot be followed, before anything is loaded."""
     training = settings.training
+    if unknown := sorted(set(training.accept or ()) - set(ACCEPTABLE)):
+        raise ValueError(f"training.accept has {unknown}; a run that goes on may change: {', '.join(ACCEPTABLE)}")
+    if training.skip_samples is not None and not is_range(training.skip_samples):
+        raise ValueError(f"training.skip_samples is {training.skip_samples}; it is [a, b] with 0 <= a < b, or null")
     lr.check(training.lr_schedule, training.warmup_steps, training.max_steps, training.lr_end)
     schedule = schedule_of(settings.diffusion)
     objective.check_prediction_type(settings.diffusion.prediction, schedule)
@@ -256,20 +281,77 @@ def run_config(settings: TrainSettings, data: TrainData, frozen: Frozen) -> dict
     return json.loads(json.dumps({"settings": asdict(settings), "data": known, "frozen": frozen.digests()}))
 
 
-def refuse_differences(last: checkpoint.Checkpoint, config: dict[str, Any]) -> None:
-    """Raises ValueError when a checkpoint was made from other settings or other data than are asked for now."""
+def accepted_changes(
+    last: checkpoint.Checkpoint, config: dict[str, Any], settings: TrainSettings, data: TrainData
+) -> list[str]:
+    """What is other than in the checkpoint that a run goes on from, and accepted.
+
+    Raises ValueError when other settings or other data are asked for than it was made from, and nobody accepted that.
+    """
+    training = settings.training
+    free = FREE[1:] if training.lr_schedule in lr.FALLING else FREE
     found = [
         line
         for part in ("settings", "data", "frozen")
         if part in last.config  # no hash of the frozen part was kept before it left the engine
         for line in checkpoint.differences(last.config[part], config[part])
-        if not line.startswith(FREE)
+        if not line.startswith(free)
     ]
-    if found:
+    refused = [line for line in found if line.partition(":")[0] not in (training.accept or ())]
+    if refused:
+        keys = [key for line in refused if (key := line.partition(":")[0]) in ACCEPTABLE]
+        way = f"; training.accept=[{','.join(keys)}] goes on with the new ones" if len(keys) == len(refused) else ""
         raise ValueError(
-            f"{last.path} was made from other settings:\n  " + "\n  ".join(found) + "\nname=OTHER makes a new run; "
-            "with the old values, or with the old data, this one goes on"
+            f"{last.path} was made from other settings:\n  "
+            + "\n  ".join(refused + rate_change(last, config, settings, refused))
+            + f"\nname=OTHER makes a new run; with the old values, or with the old data, this one goes on{way}"
         )
+    if any(line.startswith("training.batch_size:") for line in found) and (data.shapes or data.caches):
+        raise ValueError(
+            "training.batch_size cannot change while a run goes on with pictures of several shapes or with several "
+            "caches: the order of samples depends on it, and some would be seen twice and others never"
+        )
+    return found
+
+
+def rate_change(
+    last: checkpoint.Checkpoint, config: dict[str, Any], settings: TrainSettings, refused: list[str]
+) -> list[str]:
+    """Why more steps are no mere continuation where the schedule falls to an end: what the learning rate would do."""
+    if not any(line.startswith("training.max_steps:") for line in refused):
+        return []
+    there, now = (
+        known["learning_rate"]
+        * lr.multiplier(
+            known["lr_schedule"], last.step + 1, known["warmup_steps"], known["max_steps"], known["lr_end"]
+        )
+        for known in (last.config["settings"]["training"], config["settings"]["training"])
+    )
+    name = settings.training.lr_schedule
+    return [
+        f"training.lr_schedule={name} falls to its end at training.max_steps: the learning rate of step "
+        f"{last.step + 1} would be {now:.3g}, where the old settings have {there:.3g}"
+    ]
+
+
+def is_range(samples: list[int]) -> bool:
+    return len(samples) == 2 and 0 <= samples[0] < samples[1]
+
+
+def check_skipped_samples(training: TrainingConfig, samples_seen: int) -> None:
+    """Raises ValueError where the first sample to leave out is not the first of a batch."""
+    if training.skip_samples is None or (first := training.skip_samples[0]) <= samples_seen:
+        return
+    if over := (first - samples_seen) % training.batch_size:
+        raise ValueError(
+            f"training.skip_samples begins at {first}, in the middle of a batch of {training.batch_size}; the batches "
+            f"around it begin at {first - over} and {first - over + training.batch_size}"
+        )
+
+
+def after_skipped(skipped: list[int] | None, samples_seen: int) -> int:
+    """How many samples are passed once those to be left out are: they count as seen."""
+    return skipped[1] if skipped is not None and skipped[0] <= samples_seen < skipped[1] else samples_seen
 
 
 def start_from(denoiser: Denoiser, path: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import cluster, stopping
+from pipelines import cluster, rewind, stopping
 from pipelines.dag import Job, weights_path
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
@@ -55,7 +55,7 @@ def run(job: Job) -> Record:
 
 
 def prepare(job: Job) -> Prepared:
-    """Decides which samples are used, and forgets that an earlier run was asked to stop."""
+    """Decides which samples are used, goes back where that is asked for, and forgets that a run was asked to stop."""
     latents = job.inputs["precompute_latents"]
     records = closed_records(latents)
     folders = job.inputs["filter_metadata"], job.inputs["filter_images"]
@@ -63,6 +63,7 @@ def prepare(job: Job) -> Prepared:
     masks, reasons = select(all_samples(*folders, sorted(records)), job.what["dataset.selection"], held)
     selection = _place_selection(job, masks)
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
+    rewind.go_back(job.output.path, job.what["training"], rank_journal(job))
     (job.output / STOP).unlink(missing_ok=True)
     return Prepared(selection, known, used, dict(reasons))
 

@@ -45,7 +45,8 @@ DIFFUSION = DiffusionConfig(
 )  # fmt: skip
 
 TRAINING = TrainingConfig(
-    seed=SEED, start_from=None, max_steps=40, batch_size=8, learning_rate=3e-3, lr_schedule="cosine", warmup_steps=5,
+    seed=SEED, start_from=None, resume=None, skip_samples=None, accept=None, max_steps=40, batch_size=8,
+    learning_rate=3e-3, lr_schedule="cosine", warmup_steps=5,
     lr_end=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.01, gradient_clipping=1.0, caption_dropout=0.2,
     precision="float32", deterministic=False, ema_decay=0.9, ema_of="unet", lanes=4, window_shards=2, held_out_shards=0,
     validate_every_steps=None, validation_samples=0, log_every_steps=10, max_skipped_batches=0,

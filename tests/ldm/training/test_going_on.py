@@ -1,0 +1,155 @@
+"""Going on otherwise than before: from an earlier checkpoint, without some samples, with accepted settings."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.config import TrainingRunConfig, TrainSettings, from_plain
+from ldm.training import lr
+from ldm.training import train as loop
+from ldm.training.checkpoint import newest, step_name
+from ldm.training.loader import Batch, TrainData
+from ldm.training.train import after_skipped
+from tests.ldm.training import processes
+from tests.ldm.training.test_train import weights_of, work
+from tests.ldm.training.tiny import RUN, settings, write_data
+
+ALONE = replace(RUN, micro_batch_size=8, checkpoint_every_steps=2, keep_checkpoints=9)
+WHAT = settings(max_steps=6, warmup_steps=2, log_every_steps=1, lr_schedule="constant", lr_end=1.0)
+
+
+def changed(**training: Any) -> TrainSettings:
+    return replace(WHAT, training=replace(WHAT.training, **training))
+
+
+def watched(what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig) -> list[int]:
+    """The positions that one process of a run trained on."""
+    positions: list[int] = []
+
+    def seed_dropout(seed: int, batch: Batch, seeded: Any = loop.seed_dropout) -> None:
+        positions.extend(batch.positions.tolist())
+        seeded(seed, batch)
+
+    loop.seed_dropout = seed_dropout
+    work(what, data, output, run)
+    return positions
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
+    return write_data(tmp_path_factory.mktemp("latents"), [9, 14, 6])
+
+
+@pytest.fixture(scope="module")
+def six(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the steps 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("six")
+    (result,) = processes.run(work, WHAT, data, output, ALONE)
+    assert result["step"] == 6
+    return output
+
+
+def copy(six: Path, output: Path, *steps: int) -> Path:
+    for step in steps:
+        shutil.copytree(six / step_name(step), output / step_name(step))
+    return output
+
+
+# ---- samples that are left out -----------------------------------------------------------------------------
+def test_from_an_earlier_checkpoint_on_exactly_the_samples_named_are_left_out(
+    data: TrainData, six: Path, tmp_path: Path
+) -> None:
+    """Step 2 has seen 16 samples; 24 to 36 are left out, so the four steps after it take 16 to 24, and 37 and more."""
+    what, output = changed(skip_samples=[24, 37]), copy(six, tmp_path / "back", 2)
+    ranks = processes.run(watched, what, data, output, replace(ALONE, micro_batch_size=2), world_size=2)
+    assert sorted(ranks[0] + ranks[1]) == [*range(16, 24), *range(37, 61)]
+    last = newest(output)
+    assert last is not None and last.step == 6 and last.manifest["samples_seen"] == 61
+    assert last.manifest["history"] == [{"step": 3, "skipped_samples": [24, 37]}]
+    # It is the run that would have left them out from the start, to the bit, and not the one that saw them.
+    straight = tmp_path / "straight"
+    (first,) = processes.run(watched, what, data, straight, ALONE)
+    (again,) = processes.run(watched, what, data, copy(straight, tmp_path / "again", 4), ALONE)
+    assert first == [*range(24), *range(37, 61)] and again == [*range(45, 61)]
+    assert weights_of(tmp_path / "again", 6) == weights_of(straight, 6) != weights_of(six, 6)
+
+
+def test_samples_to_be_left_out_begin_where_a_batch_does(data: TrainData, six: Path, tmp_path: Path) -> None:
+    output = copy(six, tmp_path, 2)
+    (error,) = processes.run(work, changed(skip_samples=[20, 30]), data, output, ALONE)
+    assert isinstance(error, ValueError) and "in the middle of a batch of 8" in str(error)
+    assert "begin at 16 and 24" in str(error)
+    for wrong in ([8], [8, 8], [-8, 8]):
+        with pytest.raises(ValueError, match=r"skip_samples is \[.*\]; it is \[a, b\] with 0 <= a < b"):
+            loop.check(changed(skip_samples=wrong))
+    assert [after_skipped([8, 20], seen) for seen in (0, 8, 16, 20)] == [0, 20, 20, 20]
+
+
+# ---- settings that were accepted ---------------------------------------------------------------------------
+def test_a_changed_learning_rate_and_batch_size_go_on_when_they_are_accepted(
+    data: TrainData, six: Path, tmp_path: Path
+) -> None:
+    output = copy(six, tmp_path, 2, 4)
+    what = changed(learning_rate=1e-3, batch_size=16)
+    (error,) = processes.run(work, what, data, output, ALONE)
+    assert isinstance(error, ValueError)
+    assert "training.accept=[training.batch_size,training.learning_rate]" in str(error)
+    half = replace(what, training=replace(what.training, accept=["training.learning_rate"]))
+    (error,) = processes.run(work, half, data, output, ALONE)
+    assert "training.batch_size: 8 in the checkpoint, 16 now" in str(error) and "learning_rate: 0.003" not in str(error)
+    both = replace(what, training=replace(what.training, accept=["training.learning_rate", "training.batch_size"]))
+    (result,) = processes.run(work, both, data, output, ALONE)
+    assert result["step"] == 6 and [values["learning_rate"] for _, values in result["logged"]] == [1e-3, 1e-3]
+    last = newest(output)
+    assert last is not None and last.manifest["samples_seen"] == 4 * 8 + 2 * 16
+    assert last.manifest["history"] == [{"step": 4, "accepted": [
+        "training.batch_size: 8 in the checkpoint, 16 now",
+        "training.learning_rate: 0.003 in the checkpoint, 0.001 now"]}]  # fmt: skip
+    # From then on these are the run's own settings.
+    (more,) = processes.run(work, replace(what, training=replace(what.training, max_steps=7)), data, output, ALONE)
+    assert more["step"] == 7
+
+
+def test_another_model_or_other_data_cannot_be_accepted(data: TrainData, six: Path) -> None:
+    with pytest.raises(ValueError, match=r"training.accept has \['unet.dropout'\]; a run that goes on may change: "):
+        loop.check(changed(accept=["unet.dropout"]))
+    other = replace(changed(learning_rate=1.0), unet=replace(WHAT.unet, dropout=0.5))
+    (error,) = processes.run(work, other, data, six, ALONE)
+    assert "unet.dropout: 0.1 in the checkpoint, 0.5 now" in str(error) and "training.accept=" not in str(error)
+    shaped = replace(data, shapes=[data.latent_shape] * 3)
+    accepted = changed(batch_size=16, accept=["training.batch_size"])
+    (error,) = processes.run(work, accepted, shaped, six, ALONE)
+    assert "training.batch_size cannot change while a run goes on with pictures of several shapes" in str(error)
+
+
+def test_more_steps_of_a_schedule_that_falls_to_its_end_are_no_mere_continuation(
+    data: TrainData, tmp_path: Path
+) -> None:
+    cosine = changed(lr_schedule="cosine", lr_end=0.1, max_steps=4)
+    (first,) = processes.run(work, cosine, data, tmp_path, ALONE)
+    assert first["step"] == 4
+    more = replace(cosine, training=replace(cosine.training, max_steps=8))
+    (error,) = processes.run(work, more, data, tmp_path, ALONE)
+    rate = 3e-3 * lr.multiplier("cosine", 5, 2, 8, 0.1)
+    assert f"learning rate of step 5 would be {rate:.3g}, where the old settings have 0.0003" in str(error)
+    assert "training.accept=[training.max_steps] goes on" in str(error)
+    accepted = replace(more, training=replace(more.training, accept=["training.max_steps"]))
+    (result,) = processes.run(work, accepted, data, tmp_path, ALONE)
+    assert [values["learning_rate"] for _, values in result["logged"]] == pytest.approx(
+        [3e-3 * lr.multiplier("cosine", step, 2, 8, 0.1) for step in (5, 6, 7, 8)]
+    )
+
+
+def test_a_checkpoint_from_before_these_settings_is_read() -> None:
+    known = asdict(WHAT)
+    for name in ("accept", "resume", "skip_samples"):
+        del known["training"][name]
+    assert from_plain(TrainSettings, known) == WHAT
+    del known["training"]["seed"]
+    with pytest.raises(KeyError):
+        from_plain(TrainSettings, known)
