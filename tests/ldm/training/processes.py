@@ -20,7 +20,11 @@ _context.set_forkserver_preload(["tests.ldm.training.preload"])
 
 
 def run(
-    function: Callable[..., Any], *args: Any, world_size: int = 1, env: dict[str, str] | None = None, seconds: float = 240
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int = 1,
+    env: dict[str, str] | None = None,
+    seconds: float = 240,
 ) -> list[Any]:
     """function(*args) in each process of a gloo group; returns the results in order of rank.
 

@@ -81,9 +81,7 @@ def test_the_loss_falls_while_optimizer_states_lie_in_files(tmp_path: Path) -> N
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("DeepSpeed writes to NVMe with libaio: apt-get install libaio-dev")
     training = replace(TRAINING, batch_size=1, precision="bf16", learning_rate=LEARNING_RATE)
-    run = replace(
-        RUN, threads=os.cpu_count() or 1, micro_batch_size=1, zero_stage=3, deepspeed=offload_to(tmp_path)
-    )
+    run = replace(RUN, threads=os.cpu_count() or 1, micro_batch_size=1, zero_stage=3, deepspeed=offload_to(tmp_path))
     (result,) = processes.run(losses, training, run, seconds=3500)
     found, seconds, peak = result
     parameters = 872_300_484 + 542_895_360
