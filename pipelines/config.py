@@ -55,6 +55,7 @@ class DatasetConfig:
     filter_images: FilterImagesConfig
     precompute_latents: PrecomputeLatentsConfig
     selection: SelectionConfig
+    mixture: dict[str, float]  # runs whose latents are trained on too -> how often, where this run's own have weight 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ STAGES = {
         ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights")),
     "train": Stage(
         "whole", ("filter_metadata", "filter_images", "precompute_latents"),
-        ("dataset.selection", "autoencoder", "text_encoder", "unet", "diffusion", "training"),
+        ("dataset.selection", "dataset.mixture", "autoencoder", "text_encoder", "unet", "diffusion", "training"),
         grows=("training.max_steps",), requests=("training.accept", "training.resume", "training.skip_samples")),
     "generate": Stage(
         "whole", ("train", "precompute_latents"), ("generation", "autoencoder"), many=True),
@@ -212,7 +212,7 @@ class Dag:
             what={path: section(config, path) for path in STAGES[stage].settings},
             fingerprint=self.fingerprints[stage],
             output=self._folder(stage),
-            inputs={read: self.statuses[read].job.output for read in reads(config, stage)},
+            inputs={read: self.statuses[read].job.output for read in reads(config, stage)} | self._mixed(stage),
             how=How(config.cluster, config.tracking, config.dataset.connect, str(self.run_folder)),
         )
 
@@ -233,12 +233,29 @@ class Dag:
             return self.planned(first)
         return sorted(self.statuses[first].records) if self.statuses[first].done else []
 
-    def home(self, stage: str) -> Path:
-        """Where a stage's results lie: in this run, or in the run that paths.reuse names for it."""
+    def home(self, stage: str, run: str | None = None) -> Path:
+        """Where a stage's results lie: in this run, in the run that paths.reuse names for it, or in another."""
         paths = self.config.paths
         where = paths.outputs if paths.shards is None or STAGES[stage].kind == "whole" else paths.shards
         root = place(where) if is_remote(where) else Path(where).absolute()
-        return root / paths.reuse.get(stage, self.config.name) / stage
+        return root / (run or paths.reuse.get(stage, self.config.name)) / stage
+
+    def _mixed(self, stage: str) -> dict[str, StageFolder]:
+        """What a stage reads of the runs in dataset.mixture: "precompute_latents@photos" -> its folder."""
+        mixture = self.config.dataset.mixture if "dataset.mixture" in STAGES[stage].settings else {}
+        folders = {}
+        for name, weight in mixture.items():
+            if weight <= 0 or name == self.config.name:
+                raise ConfigError(f"dataset.mixture has {name}: {weight}; expected another run with a weight above 0")
+            for read in STAGES[stage].reads:
+                folder = stage_folder(self.home(read, name), read, self.config.cluster.cache)
+                if folder.manifest() is None:
+                    raise ConfigError(
+                        f"dataset.mixture names {name}, whose {read} in {folder.path} is not finished; make it with: "
+                        f"python -m pipelines.run +stage={read} name={name}"
+                    )
+                folders[f"{read}@{name}"] = folder
+        return folders
 
     def _folder(self, stage: str) -> StageFolder:
         path = self.home(stage)
@@ -274,6 +291,9 @@ class Dag:
         if record is None or not self._inputs_done(job.stage):
             return Status(job)
         digests = {read: self._digest_read(job.stage, read) or "" for read in reads(self.config, job.stage)}
+        for name, folder in self._mixed(job.stage).items():
+            manifest, pinned = folder.manifest(), record.inputs.get(name)
+            digests[name] = pinned if pinned in edition_digests(manifest) else manifest["digest"]
         if reason := _stale(job, record, digests, job.output.missing_files([record]).get(None)):
             raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)

@@ -28,6 +28,7 @@ from pipelines.settings import SelectionConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Shard = Any  # a shard's number, or (cache, number) where several caches are mixed
 # What a line of a removal list may be: the sample's name, its address, or a hash of the file as it came or is stored.
 REMOVED_BY = ("key", "url", "md5_of_source", "sha256_of_source", "sha256", "hash")
 
@@ -79,7 +80,7 @@ def score_of(table: pa.Table, score: str, setting: str) -> np.ndarray:
 class _Chosen:
     """All samples in the order of their keys, and for each why it is not used (0: it is)."""
 
-    def __init__(self, sizes: dict[int, int]) -> None:
+    def __init__(self, sizes: dict[Shard, int]) -> None:
         self.sizes, self.reasons = sizes, ["used"]
         self.why = np.zeros(sum(sizes.values()), np.uint8)
 
@@ -96,7 +97,7 @@ class _Chosen:
         """The numbers of the samples that are used so far."""
         return np.flatnonzero(self.why == 0)
 
-    def masks(self) -> dict[int, np.ndarray]:
+    def masks(self) -> dict[Shard, np.ndarray]:
         ends = np.cumsum(list(self.sizes.values()))[:-1]
         return dict(zip(self.sizes, np.split(self.why == 0, ends), strict=True))
 
@@ -106,14 +107,14 @@ class _Chosen:
 
 
 def select(
-    shards: Iterable[tuple[int, pa.Table]], settings: SelectionConfig, held_out: Collection[int] = ()
-) -> tuple[dict[int, np.ndarray], Counter[str]]:
-    """(a mask for each shard, samples that are not used by reason); shards come in ascending order.
+    shards: Iterable[tuple[Shard, pa.Table]], settings: SelectionConfig, held_out: Collection[Shard] = ()
+) -> tuple[dict[Shard, np.ndarray], Counter[str]]:
+    """(a mask for each shard, samples that are not used by reason); of duplicates the one that comes first stays.
 
     In the shards that are `held_out` no sample stays that looks like one of the others.
     """
     removed = removal_list(weights_path(settings.removed)) if settings.removed else set()
-    sizes: dict[int, int] = {}
+    sizes: dict[Shard, int] = {}
     columns: dict[str, list[np.ndarray]] = {}  # of what the whole set is needed for
     for shard, table in shards:
         sizes[shard] = table.num_rows
@@ -163,7 +164,7 @@ def _decide(chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionCo
 
 
 def _keep_apart(
-    chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionConfig, held_out: Collection[int]
+    chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionConfig, held_out: Collection[Shard]
 ) -> None:
     """Leaves out those held-out samples that look like one that is trained on."""
     if not held_out or settings.held_out_near_duplicate_bits is None:

@@ -100,19 +100,21 @@ def describe_removed(config: Config, path: Path) -> list[str]:
     """Names the samples on a removal list and the checkpoints that saw them."""
     from pipelines.selection import is_removed, read_selection, removal_list, samples
 
-    dag = Dag(config)
-    folders = {stage: StageFolder(dag.home(stage), stage) for stage in ("filter_metadata", "filter_images", "train")}
-    metadata, images, train = folders.values()
-    chosen = train / "selection.parquet"
-    masks = read_selection(chosen) if chosen.exists() else {}
+    dag, epoch = Dag(config), 0
+    train = StageFolder(dag.home("train"), "train")
     removed, found, trained = removal_list(path), [], []
-    for shard in sorted(images.committed()):
-        table = samples(metadata, images, shard)
-        here = is_removed(table, removed)
-        keys = table["key"].to_pylist()
-        found += [keys[i] for i in here.nonzero()[0]]
-        trained += [keys[i] for i in (here & masks[shard]).nonzero()[0]] if shard in masks else []
-    epoch = sum(int(mask.sum()) for mask in masks.values())
+    for run in (None, *config.dataset.mixture):
+        metadata, images = (StageFolder(dag.home(stage, run), stage) for stage in ("filter_metadata", "filter_images"))
+        of = f"@{run}" if run else ""
+        chosen = train / f"selection{of}.parquet"
+        masks = read_selection(chosen) if chosen.exists() else {}
+        for shard in sorted(images.committed()):
+            table = samples(metadata, images, shard)
+            here = is_removed(table, removed)
+            keys = [f"{key}{of}" for key in table["key"].to_pylist()]
+            found += [keys[i] for i in here.nonzero()[0]]
+            trained += [keys[i] for i in (here & masks[shard]).nonzero()[0]] if shard in masks else []
+        epoch += sum(int(mask.sum()) for mask in masks.values())
     lines = [f"{path} names {len(found)} samples of this run{_some(found)}",
              f"{len(trained)} of them are in the selection that train uses{_some(trained)}"]  # fmt: skip
     return [*lines, *_checkpoints(train, epoch, bool(trained))]

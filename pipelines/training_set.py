@@ -24,6 +24,28 @@ WAY = "name=OTHER makes a new run with its own latents; the old values read thes
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Latents that are trained on, with what the selection asks about them."""
+
+    name: str  # "", or "@photos" where they are those of another run that dataset.mixture names
+    metadata: StageFolder
+    images: StageFolder
+    latents: StageFolder
+
+    @property
+    def selection(self) -> str:
+        """The file in the stage's folder that says which samples of them are used."""
+        return f"selection{self.name}.parquet"
+
+
+def caches_of(job: Job) -> list[Cache]:
+    """This run's own latents, then those that are mixed in."""
+    names = ["", *(f"@{name}" for name in job.what["dataset.mixture"])]
+    stages = ("filter_metadata", "filter_images", "precompute_latents")
+    return [Cache(name, *(job.inputs[f"{stage}{name}"] for stage in stages)) for name in names]
+
+
+@dataclass(frozen=True)
 class Sample:
     key: str
     caption: str
@@ -31,7 +53,10 @@ class Sample:
 
 
 def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
-    """The samples trained on, in key order: those of `precompute_latents` whose bit in train's selection is set."""
+    """The samples trained on, in key order: those of `precompute_latents` whose bit in train's selection is set.
+
+    They are this run's own; what dataset.mixture adds to them is not among them.
+    """
     masks = read_selection(train / "selection.parquet")
     for shard, record in closed_records(latents).items():
         if shard > max(masks, default=-1):
@@ -87,11 +112,16 @@ def shard_infos(latents: StageFolder, record: Record) -> list[ShardInfo]:
     return infos
 
 
-def held_out_shards(latents: StageFolder, records: dict[int, Record], count: int) -> set[int]:
-    """The shards that ldm.training.loader.hold_out will hold out."""
-    digests = {shard: record.digest for shard, record in records.items() if shard_infos(latents, record)}
+def held_out_shards(caches: list[Cache], records: dict[str, dict[int, Record]], count: int) -> set[tuple[str, int]]:
+    """(cache, shard) of those that ldm.training.loader.hold_out will hold out, from the records of each cache."""
+    digests = {(cache.name, shard): record.digest for cache in caches for shard, record in records[cache.name].items()
+               if shard_infos(cache.latents, record)}  # fmt: skip
     held = held_out(list(digests.values()), count)
-    return {shard for shard, digest in digests.items() if digest in held}
+    chosen = {place for place, digest in digests.items() if digest in held}
+    if missing := {name for name, _ in digests} - {name for name, _ in digests.keys() - chosen}:
+        names = ", ".join(sorted(name or "this run" for name in missing))
+        raise ValueError(f"training.held_out_shards={count} leaves no shard of {names} to be trained on; lower it")
+    return chosen
 
 
 def shard_info(latents: StageFolder, record: Record) -> ShardInfo:
@@ -118,6 +148,18 @@ def bucket_shapes_of(infos: list[ShardInfo], network: AutoencoderConfig) -> list
     return [[network.latent_channels, *side] for side in sides]
 
 
+def check_caches(caches: list[Cache], records: dict[str, dict[int, Record]], job: Job) -> None:
+    """Refuses latents that cannot be trained on, or not together, before a worker starts."""
+    sides: dict[int, StageFolder] = {}
+    for cache in caches:
+        check_cache(cache.latents, records[cache.name], job)
+        for record in records[cache.name].values():
+            sides.setdefault(record.facts["latent_side"], cache.latents)
+    if len(sides) > 1:
+        found = ", ".join(f"{side} in {latents.path}" for side, latents in sides.items())
+        raise ValueError(f"latents that are mixed must be of one size; their sides are {found}; see dataset.mixture")
+
+
 def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> None:
     """Refuses latents that another autoencoder made, or of another size or scale than they are trained on as."""
     used: AutoencoderSettings = job.what["autoencoder"]
@@ -131,6 +173,11 @@ def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> N
                 f"{latents.path} was made with weights {hashed[:12]}; autoencoder.weights={used.weights} has "
                 f"{now[:12]}; {WAY}"
             )
+    made_by = {record.inputs.get("train_autoencoder") for record in records.values()}
+    wanted = job.inputs["train_autoencoder"].record().digest if used.weights is None else None
+    if wrong := made_by - {wanted}:
+        found, asked = (f"train_autoencoder {each[:12]}" if each else "given weights" for each in (wrong.pop(), wanted))
+        raise ValueError(f"{latents.path} was made by {found}; asked for is {asked}; {WAY}")
     sides = {record.facts["latent_side"] for record in records.values() if "latent_side" in record.facts}
     if len(sides) > 1:
         raise ValueError(f"{latents.path} has latents with sides {sorted(sides)}, expected one; {WAY}")

@@ -109,6 +109,7 @@ def test_what_enters_the_fingerprint_and_how_does_not() -> None:
         "dataset.filter_images.min_size=9": "filter_images",
         "dataset.precompute_latents.batch_size=3": "precompute_latents",
         "dataset.selection.near_duplicate_bits=1": "train",
+        "dataset.mixture={photos: 0.5}": "train",
         "autoencoder.scale_factor=2.0": "train",
         "generation.guidance_scale=9.5": "generate",
     }

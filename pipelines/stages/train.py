@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,15 +22,20 @@ from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
 from pipelines.selection import all_samples, read_selection, select, write_selection
 from pipelines.training_set import (
+    Cache,
     autoencoder_settings,
     bucket_shapes_of,
-    check_cache,
+    caches_of,
+    check_caches,
     closed_records,
     held_out_shards,
     input_digests,
     shard_infos,
     used_bits,
 )
+
+if TYPE_CHECKING:
+    from ldm.training.loader import TrainData
 
 STOP = "stop"  # a file of this name in the stage's folder asks all workers to save and leave
 
@@ -39,7 +44,7 @@ STOP = "stop"  # a file of this name in the stage's folder asks all workers to s
 class Prepared:
     """What was decided before training starts."""
 
-    selection: str  # digest
+    selections: dict[str, str]  # cache -> digest
     known: int  # samples there are
     used: int  # samples trained on
     reasons: dict[str, int]  # of those that are not
@@ -49,23 +54,30 @@ def run(job: Job) -> Record:
     """Runs on the driver: selection, training, record."""
     prepared = prepare(job)
     with stopping.asking((job.output / STOP).touch, "training saves and leaves"), _stacks_named(job):
-        arguments = {"job": job, "selection": prepared.selection}
+        arguments = {"job": job, "selections": prepared.selections}
         cluster.launch_training(work, arguments, job.how.cluster.train, job.output.path / ".ray")
     return commit(job, prepared)
 
 
 def prepare(job: Job) -> Prepared:
     """Decides which samples are used, goes back where that is asked for, and forgets that a run was asked to stop."""
-    latents = job.inputs["precompute_latents"]
-    records = closed_records(latents)
-    folders = job.inputs["filter_metadata"], job.inputs["filter_images"]
-    held = held_out_shards(latents, records, job.what["training"].held_out_shards)
-    masks, reasons = select(all_samples(*folders, sorted(records)), job.what["dataset.selection"], held)
-    selection = _place_selection(job, masks)
+    caches = caches_of(job)
+    records = {cache.name: closed_records(cache.latents) for cache in caches}
+    check_caches(caches, records, job)
+    held = held_out_shards(caches, records, job.what["training"].held_out_shards)
+    known_of = (
+        ((cache.name, shard), table) for cache in caches
+        for shard, table in all_samples(cache.metadata, cache.images, sorted(records[cache.name]))
+    )  # fmt: skip
+    masks, reasons = select(known_of, job.what["dataset.selection"], held)
+    selections = {
+        cache.name: _place_selection(job, cache, {shard: masks[cache.name, shard] for shard in records[cache.name]})
+        for cache in caches
+    }
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
     rewind.go_back(job.output.path, job.what["training"], rank_journal(job))
     (job.output / STOP).unlink(missing_ok=True)
-    return Prepared(selection, known, used, dict(reasons))
+    return Prepared(selections, known, used, dict(reasons))
 
 
 @contextmanager
@@ -84,11 +96,11 @@ def _stacks(job: Job) -> set[Path]:
     return {path for path in (job.output / "stacks").glob("rank-*.txt") if path.stat().st_size}
 
 
-def _place_selection(job: Job, masks: dict[int, np.ndarray]) -> str:
+def _place_selection(job: Job, cache: Cache, masks: dict[int, np.ndarray]) -> str:
     """Writes train/selection.parquet and returns its digest. A run that goes on must find the same one."""
     with job.output.attempt(None, job.fingerprint) as attempt:
-        path = attempt.path / "selection.parquet"
-        digest, place = write_selection(path, masks), job.output / "selection.parquet"
+        path = attempt.path / cache.selection
+        digest, place = write_selection(path, masks), job.output / cache.selection
         if place.exists() and sha256_file(place) != digest:
             raise ValueError(
                 f"{place} was made from other samples or rules than there are now; start a new run with name=OTHER, "
@@ -109,7 +121,7 @@ def commit(job: Job, prepared: Prepared) -> Record:
         raise RuntimeError(f"training stopped at {at} of {wanted}; the same command goes on from there")
     files = {}
     weights = [last.path / name for name in ("ema.safetensors", "config.json")]
-    for path in [*weights, job.output / "selection.parquet"]:
+    for path in [*weights, *(job.output / cache.selection for cache in caches_of(job))]:
         name = str(path.relative_to(job.output.path))
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with job.output.attempt(None, job.fingerprint) as attempt:
@@ -117,13 +129,19 @@ def commit(job: Job, prepared: Prepared) -> Record:
                               inputs=input_digests(job.inputs), facts={"training.max_steps": last.step}, keep=files)
 
 
-def train_data(job: Job, selection: str) -> Any:
-    """What ldm.training needs to know of the cache."""
+def train_data(job: Job, selections: dict[str, str]) -> TrainData:
+    """What ldm.training needs to know of the latents: this run's own, mixed with others by weight if there are any."""
+    from ldm.training.loader import mix
+
+    sets = [_cache_data(job, cache, selections[cache.name]) for cache in caches_of(job)]
+    return mix(sets, [1.0, *job.what["dataset.mixture"].values()]) if len(sets) > 1 else sets[0]
+
+
+def _cache_data(job: Job, cache: Cache, selection: str) -> TrainData:
     from ldm.training.loader import TrainData
 
-    latents = job.inputs["precompute_latents"]
-    masks, records = read_selection(job.output / "selection.parquet"), closed_records(latents)
-    check_cache(latents, records, job)
+    latents = cache.latents
+    masks, records = read_selection(job.output / cache.selection), closed_records(latents)
     network = job.what["autoencoder"].network
     infos, used = [], []
     for shard, record in records.items():
@@ -158,14 +176,14 @@ def work(arguments: dict[str, Any]) -> None:
             f"be a folder that all nodes share"
         )
     torch.set_num_threads(job.how.cluster.train.run.threads)
-    data = train_data(job, arguments["selection"])
+    data = train_data(job, arguments["selections"])
     what = job.what
     start = what["training"].start_from
     training = replace(what["training"], start_from=start and str(weights_path(start)))
     settings = TrainSettings(
         training=training, diffusion=what["diffusion"], unet=what["unet"], text_encoder=what["text_encoder"]
     )
-    journal = rank_journal(job)
+    journal, gpu = rank_journal(job), job.how.cluster.train.gpu
 
     def log_grid(step: int, png: bytes, name: str) -> None:
         path = job.output / f"grids/{name}-{step:08d}.png"
@@ -178,6 +196,7 @@ def work(arguments: dict[str, Any]) -> None:
         log=lambda step, values: journal.metrics(values, step=step),
         log_grid=log_grid,
         should_stop=lambda: (job.output / STOP).exists(),
+        peak_flops=gpu and gpu.peak_flops,
     )  # fmt: skip
     journal.close()
 

@@ -288,7 +288,7 @@ def test_a_wrong_normalisation_falls_under_the_floor(
 def train_job(dag: Dag, *overrides: str) -> Job:
     other = Dag(config_of(dag.run_folder.parent, *overrides))
     job = dag.statuses["precompute_latents"].job
-    return replace(job, what={"autoencoder": other.config.autoencoder})
+    return replace(job, what={"autoencoder": other.config.autoencoder, "dataset.mixture": {}})
 
 
 def test_a_cache_of_another_autoencoder_scale_or_size_is_refused_with_both_named(plain: Dag, tmp_path: Path) -> None:
@@ -340,8 +340,9 @@ def test_training_reads_a_cache_of_shapes_sample_by_sample(rich: Dag, tmp_path: 
     latents = job.output
     output, masks = StageFolder(tmp_path, "train"), {0: np.arange(6) != 2, 1: np.ones(6, bool)}
     write_selection(tmp_path / "selection.parquet", masks)
-    used = replace(train_job(rich), inputs={"precompute_latents": latents}, output=output)
-    data = train.train_data(used, "selection")
+    folders = {stage: rich.statuses[stage].job.output for stage in ("filter_metadata", "filter_images")}
+    used = replace(train_job(rich), inputs={**folders, "precompute_latents": latents}, output=output)
+    data = train.train_data(used, {"": "selection"})
     assert sum(data.counts()) == 11 and all("/32/" in info.tar for info in data.shards)
     loader = Loader(data, Draw(0, 10, 0.0), None, lanes=2, window_shards=2, batch_size=1, micro_batch_size=1)
     seen = {loader.batch(range(i, i + 1)).keys[0]: tuple(loader.batch(range(i, i + 1)).z0.shape[2:]) for i in range(11)}

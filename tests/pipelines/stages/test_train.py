@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from ldm.training.loader import TrainData, hold_out
-from pipelines.dag import Dag, Job
-from pipelines.manifest import shard_name
+from ldm.training.loader import Draw, Loader, TrainData, hold_out, order_of
+from pipelines.config import ConfigError
+from pipelines.dag import Dag, Job, weights_path
+from pipelines.manifest import StageFolder, StaleError, sha256_file, shard_name, sum_funnel
 from pipelines.stages import train
+from pipelines.training_set import caches_of, closed_records, held_out_shards, input_digests
+from pipelines.verify import verify
 from tests.pipelines.small_cache import config_of, make_cache
 
 # Every sample counts: the waves of the small cache look much alike.
@@ -31,11 +38,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job_of(outputs: Path, *overrides: str) -> Job:
     """The job of `train`, its plan written, in a folder without an earlier one's."""
+    shutil.rmtree(outputs / "small/train", ignore_errors=True)
     dag = Dag(config_of(outputs, *EVERYTHING, *overrides))
     dag.refresh("train")
     job = dag.statuses["train"].job
-    for path in job.output.path.glob("*.parquet"):
-        path.unlink()
     job.output.write_plan(dag.plan("train"))
     return job
 
@@ -44,9 +50,83 @@ def decided(outputs: Path, *overrides: str) -> tuple[train.Prepared, TrainData]:
     """What the stage decides, and what its workers are handed then."""
     job = job_of(outputs, *overrides)
     prepared = train.prepare(job)
-    data = train.train_data(job, prepared.selection)
-    (job.output / "plan.json").unlink()
-    return prepared, data
+    return prepared, train.train_data(job, prepared.selections)
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def two(outputs: Path) -> Path:
+    """A second run beside it, of three shards; its first three shards' pictures are those of the first."""
+    make_cache(outputs, "name=photos", shards=3)
+    return outputs
+
+
+def test_caches_are_mixed_by_weight_under_one_selection_and_resumed_to_the_sample(two: Path) -> None:
+    prepared, data = decided(two, "dataset.mixture={photos: 0.25}")
+    assert (prepared.used, prepared.known, sorted(prepared.selections)) == (54, 54, ["", "@photos"])
+    assert data.caches == [0] * 6 + [1] * 3 and data.weights == (1.0, 0.25)
+
+    def sequence(start: int, count: int, rank: int = 0, world_size: int = 1) -> dict[int, tuple[str, bytes]]:
+        loader = Loader(data, Draw(0, 10, 0.0), None, lanes=4, window_shards=2, batch_size=10,
+                        micro_batch_size=10 // world_size, rank=rank, world_size=world_size)  # fmt: skip
+        batches = islice(loader.batches(start), count)
+        return {position: (key, z0.numpy().tobytes()) for batch in batches
+                for position, key, z0 in zip(batch.positions.tolist(), batch.keys, batch.z0, strict=True)}  # fmt: skip
+
+    whole = sequence(0, 100)
+    assert len(whole) == 1000
+    assert sequence(0, 40) | sequence(400, 60, 0, 2) | sequence(400, 60, 1, 2) == whole
+    order = order_of(data, 0, 4, 2, 10)
+    assert Counter(data.caches[order.locate(position)[0]] for position in whole) == {0: 800, 1: 200}
+    # Of pictures that both have, this run's stay.
+    _, data = decided(two, "dataset.mixture={photos: 1}", "dataset.selection.exact_duplicates=true")
+    assert data.counts() == [6] * 6 + [0] * 3
+
+
+def test_the_record_says_what_was_mixed_and_a_cache_made_again_makes_it_stale(two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    given = "dataset.mixture={photos: 0.5}"
+    job = job_of(tmp_path, given)
+    prepared = train.prepare(job)
+    with job.output.attempt(None, job.fingerprint) as attempt:
+        selections = [cache.selection for cache in caches_of(job)]
+        keep = {name: {"bytes": (job.output / name).stat().st_size, "sha256": sha256_file(job.output / name)}
+                for name in selections}  # fmt: skip
+        attempt.commit(rows=prepared.known, samples=prepared.used, dropped={}, inputs=input_digests(job.inputs),
+                       facts={"training.max_steps": 10**6}, keep=keep)  # fmt: skip
+    photos = StageFolder(tmp_path / "photos/precompute_latents", "precompute_latents")
+    assert job.output.record().inputs["precompute_latents@photos"] == photos.manifest()["digest"]
+    assert selections == ["selection.parquet", "selection@photos.parquet"]
+    assert not verify(job.output.path, workers=1).findings
+    config = config_of(tmp_path, *EVERYTHING, given)
+    assert Dag(config).refresh("train").done
+    records = list(photos.committed().values())
+    photos.close(records[0].fingerprint, records[:2], sum_funnel(records[:2]))
+    with pytest.raises(StaleError, match="was made from precompute_latents@photos with digest"):
+        Dag(config).refresh("train")
+
+
+@pytest.mark.parametrize("mixture, words", [
+    ("{nobody: 1}", "names nobody, whose filter_metadata in .* is not finished; make it with: .* name=nobody"),
+    ("{photos: 0}", "has photos: 0.0; expected another run with a weight above 0"),
+    ("{small: 1}", "has small: 1.0; expected another run"),
+])  # fmt: skip
+def test_mixtures_that_cannot_be_made_are_refused_at_once(two: Path, mixture: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Dag(config_of(two, f"dataset.mixture={mixture}")).refresh("train")
+
+
+def test_caches_of_another_autoencoder_or_size_are_not_mixed_in(outputs: Path) -> None:
+    make_cache(outputs, "name=large", "dataset.precompute_latents.resolution=48", shards=1)
+    with pytest.raises(ValueError, match=r"must be of one size; their sides are 4 in .*small/.*, 6 in .*large/"):
+        decided(outputs, "dataset.mixture={large: 1}")
+    weights = outputs / "other.safetensors"
+    autoencoder = Dag(config_of(outputs)).config.autoencoder
+    changed = {name: x + 0.001 for name, x in load_file(weights_path(autoencoder.weights)).items()}
+    save_file(changed, weights)
+    make_cache(outputs, "name=other", f"autoencoder.weights={weights}", shards=1)
+    with pytest.raises(ValueError, match=r"other/precompute_latents was made with weights \w{12}; autoencoder.w"):
+        decided(outputs, "dataset.mixture={other: 1}")
 
 
 # -- held-out shards -------------------------------------------------------------------------------------------------
@@ -76,6 +156,16 @@ def test_held_out_samples_that_look_like_trained_ones_are_left_out_and_counted(o
     assert prepared.reasons == {"near_duplicate_of_trained": 6 - held} and prepared.used == trained + held
     prepared, _ = decided(outputs, f"{APART}={near}")
     assert prepared.used == 36  # nothing is held out, so nothing is near it
+
+
+def test_no_cache_of_a_mixture_is_held_out_as_a_whole(outputs: Path) -> None:
+    make_cache(outputs, "name=single", shards=1)
+    caches = caches_of(job_of(outputs, "dataset.mixture={single: 1}"))
+    records = {cache.name: closed_records(cache.latents) for cache in caches}
+    (name, shard), = held_out_shards(caches, records, 1)
+    alone = {**records, name: {shard: records[name][shard]}}  # the shard of lowest hash is all that a cache has
+    with pytest.raises(ValueError, match="held_out_shards=1 leaves no shard of (this run|@single) to be trained on"):
+        held_out_shards(caches, alone, 1)
 
 
 def test_too_many_held_out_shards_are_refused_before_a_worker_starts(outputs: Path) -> None:
