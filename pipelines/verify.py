@@ -7,6 +7,7 @@
 The exit code is 0 when all is sound (or was made so), 1 when something is wrong, 2 when the request does not fit. A
 repair takes the damaged shards' records away under the stage's lock and gives the stage's own command again: whatever
 has no record is made, and nothing else. What reads a shard that came out with other bytes is then stale, and says so.
+A damaged plan is written anew from that command, as far as it gives the fingerprint that is in the stage's records.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pipelines.checks import PLAN, Finding, Shard, check_shard, check_stage, shards_of
+from pipelines.checks import MANIFEST, PLAN, Finding, Shard, check_shard, check_stage, readable_records, shards_of
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StageFolder, read_json
 
 MENDABLE = 2  # exit code of everything that the caller can mend
 LINES = 30  # of findings in one shard that are shown
+BEGUN = (PLAN, "record.json", MANIFEST)  # any of them shows that a folder is a stage's
 OPTIONS = ("path", "repair", "workers")
 
 
@@ -59,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(describe(verdict)), flush=True)
         if not verdict.findings or given.get("repair") != "true":
             return 1 if verdict.findings else 0
+        if plans := {folder.path: folder for folder, finding in verdict.findings if finding.file == PLAN}:
+            for folder in plans.values():
+                mend_plan(folder)
+            verdict = verify(path, workers)
         repair(verdict, run_stage)
         verdict = verify(path, workers)
         print("\n".join(describe(verdict)))
@@ -83,9 +89,13 @@ def verify(path: Path, workers: int) -> Verdict:
     """Everything that is wrong with a run, a stage or a shard, the shards checked in `workers` processes."""
     verdict, jobs, where = Verdict(), [], []
     for home, only in targets(path):
-        plan = read_plan(home)
-        folder = StageFolder(home, plan["stage"])
+        folder = StageFolder(home, stage_of(home))
         verdict.stages.append(folder)
+        try:
+            plan = read_plan(home)
+        except ValueError as error:
+            verdict.findings.append((folder, Finding(folder.stage, None, PLAN, "", str(error), "the plan as written")))
+            continue
         if only is None:
             verdict.findings += [(folder, finding) for finding in check_stage(folder, plan)]
         for shard in shards_of(folder) if only is None else [only]:
@@ -99,10 +109,21 @@ def verify(path: Path, workers: int) -> Verdict:
 
 def read_plan(home: Path) -> dict[str, Any]:
     """A stage's plan. Raises ValueError when it is none."""
-    plan = StageFolder(home, home.name).read_plan() or {}
+    plan = StageFolder(home, home.name).read_plan()
+    if plan is None:
+        raise ValueError("nothing")
     if missing := {"stage", "version", "fingerprint", "what", "reads"} - plan.keys():
-        raise ValueError(f"{home / PLAN} does not say {', '.join(sorted(missing))}: remove the folder and run it again")
+        raise ValueError(f"a plan that does not say {', '.join(sorted(missing))}")
+    if plan["stage"] != stage_of(home):
+        raise ValueError(f"the plan of {plan['stage']}")
     return plan
+
+
+def stage_of(home: Path) -> str:
+    """The stage whose folder this is; one that is `many` has folders of its own in it."""
+    from pipelines.dag import STAGES
+
+    return home.name if home.name in STAGES else home.parent.name
 
 
 def _checked(jobs: list[Shard], workers: int) -> Iterable[list[Finding]]:
@@ -115,18 +136,22 @@ def _checked(jobs: list[Shard], workers: int) -> Iterable[list[Finding]]:
 def targets(path: Path) -> list[tuple[Path, int | None]]:
     """(stage's folder, the one shard that is asked for or None) below a run, for a stage, or for a file of a shard."""
     path = path.absolute()
-    if (path / PLAN).is_file():
+    if _is_stage(path):
         return [(path, None)]
     shard = re.match(r"\d{6,}", path.name)
-    home = next((parent for parent in list(path.parents)[:2] if (parent / PLAN).is_file()), None)
+    home = next((parent for parent in list(path.parents)[:2] if _is_stage(parent)), None)
     if shard and home:
         return [(home, int(shard[0]))]
-    plans = [*path.glob(f"*/{PLAN}"), *path.glob(f"*/*/{PLAN}")]
-    if not plans:
+    homes = {found.parent for name in BEGUN for depth in ("*", "*/*") for found in path.glob(f"{depth}/{name}")}
+    if not homes:
         raise FileNotFoundError(
             f"{path} is no run, no stage and no file of a shard: expected {PLAN} in it, below it or above it"
         )
-    return [(plan.parent, None) for plan in sorted(plans)]
+    return [(home, None) for home in sorted(homes)]
+
+
+def _is_stage(path: Path) -> bool:
+    return any((path / name).is_file() for name in BEGUN)
 
 
 def describe(verdict: Verdict) -> list[str]:
@@ -159,13 +184,31 @@ def repair(verdict: Verdict, run: Callable[[StageFolder], None]) -> None:
         damaged = verdict.damaged(folder)
         if not damaged:
             continue
-        wrong = [finding for where, finding in verdict.findings if where.path == folder.path and finding.file == PLAN]
-        if wrong:
-            raise ValueError(f"{wrong[0]}; what made {folder.path} is not known: remove it and run the stage again")
         with lock(folder / "lock", f"repair of {folder.path}"):
             folder.clear(damaged)
         print(f"repair: {folder.stage}, shards {', '.join('its result' if n is None else str(n) for n in damaged)}")
         run(folder)
+
+
+def mend_plan(folder: StageFolder) -> None:
+    """Writes a stage's plan anew. Raises ValueError when the stage's own command is not what made its records."""
+    from pipelines.config import compose
+    from pipelines.dag import Dag
+    from pipelines.run import normalise
+
+    arguments = rerun_arguments(folder)
+    plan = Dag(compose(normalise(arguments))).plan(folder.stage)
+    records = [*readable_records(folder).values(), folder.record()]
+    found = {record.fingerprint for record in records if record is not None}
+    if wrong := found - {plan["fingerprint"]}:
+        raise ValueError(
+            f"{folder / PLAN} is damaged, and its records were made from settings with fingerprint {wrong.pop()[:12]}, "
+            f"which its last command does not give ({plan['fingerprint'][:12]}): {shlex.join(arguments)}; with the "
+            f"settings of then, +stage={folder.stage} overwrite=true makes it again"
+        )
+    with lock(folder / "lock", f"repair of {folder.path}"):
+        folder.write_plan(plan)
+    print(f"repair: {folder.stage}, its plan")
 
 
 def run_stage(folder: StageFolder) -> None:
@@ -185,8 +228,8 @@ def rerun_arguments(folder: StageFolder) -> list[str]:
     runs = read_json(path)["runs"] if path.exists() else []
     if not runs:
         raise ValueError(
-            f"{path} does not say which command made {folder.path}; give it with +stage={folder.stage}: the damaged "
-            f"shards have no record now, so it makes them and nothing else"
+            f"{path} does not say which command made {folder.path}; give it with +stage={folder.stage}: it makes what "
+            f"has no record now, and nothing else"
         )
     # A stage that is `many` lies one folder deeper than the others.
     home = folder.path if folder.path.name == folder.stage else folder.path.parent

@@ -19,11 +19,15 @@ from pipelines.stages import filter_images, precompute_latents
 SIZES = [(40, 40), (32, 64), (48, 36), (64, 32), (36, 36), (56, 40)]  # height, width
 
 
-def config_of(outputs: Path, *overrides: str) -> Config:
+def overrides_of(outputs: Path) -> list[str]:
     """The default job on pictures of 32 x 32, in latents of 4 x 4."""
     settings = ["resolution=32", "batch_size=4", "check_samples=2", "min_psnr=3.0"]
-    return compose([f"paths.outputs={outputs}", "name=small", "dataset.filter_images.min_size=16",
-                    *(f"dataset.precompute_latents.{setting}" for setting in settings), *overrides])  # fmt: skip
+    return [f"paths.outputs={outputs}", "name=small", "dataset.filter_images.min_size=16",
+            *(f"dataset.precompute_latents.{setting}" for setting in settings)]  # fmt: skip
+
+
+def config_of(outputs: Path, *overrides: str) -> Config:
+    return compose([*overrides_of(outputs), *overrides])
 
 
 def picture(shard: int, row: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from pipelines.manifest import StageFolder, canonical, read_json, shard_name, wr
 from pipelines.stages.precompute_latents import Worker
 from pipelines.training_set import closed_records, shard_info
 from pipelines.verify import main, repair, rerun_arguments, verify
-from tests.pipelines.small_cache import latents_of, make_cache
+from tests.pipelines.small_cache import latents_of, make_cache, overrides_of
 
 SEED = int(os.environ.get("LDM_TEST_SEED", 0))
 REFUSALS = (CorruptSample, ValueError, OSError)
@@ -270,6 +271,46 @@ def test_a_repair_gives_the_stage_s_own_command_again(tmp_path: Path) -> None:
     write_json(folder / "run.json", {"format": 1, "runs": [{"command": "x"}, {"command": command}]})
     assert rerun_arguments(folder) == ["paths.reuse={a: b, c: d}", "training.max_steps=3", "+stage=precompute_latents",
                                        "name=mine", f"paths.outputs={tmp_path / 'runs'}"]  # fmt: skip
+
+
+def spoil_the_plan(plan: Path, kind: str) -> None:
+    if kind == "removed":
+        plan.unlink()
+    elif kind == "cut":
+        plan.write_bytes(plan.read_bytes()[:200])
+    elif kind == "altered":
+        plan.write_text(plan.read_text().replace('"resolution": 32', '"resolution": 33'))
+    else:
+        write_json(plan, {key: value for key, value in read_json(plan).items() if key != "what"})
+
+
+@pytest.mark.parametrize("kind", ["removed", "cut", "altered", "incomplete"])
+def test_a_damaged_plan_is_found_and_written_anew_from_the_stage_s_command(
+    cache: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    folder = latents_of(tmp_path)
+    before = (folder / "plan.json").read_bytes()
+    command = shlex.join([*overrides_of(tmp_path), "+stage=precompute_latents"])
+    write_json(folder / "run.json", {"format": 1, "runs": [{"command": command}]})
+    spoil_the_plan(folder / "plan.json", kind)
+    assert main([f"path={folder.path}"]) == 1 and "precompute_latents, plan.json: found" in capsys.readouterr().out
+    assert main([f"path={tmp_path / 'small'}", "repair=true", "workers=1"]) == 0
+    assert "repair: precompute_latents, its plan" in capsys.readouterr().out
+    assert (folder / "plan.json").read_bytes() == before
+
+
+def test_a_plan_is_not_written_anew_from_settings_that_did_not_make_the_records(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    folder = latents_of(tmp_path)
+    command = shlex.join([*overrides_of(tmp_path), "dataset.precompute_latents.flip=true"])
+    write_json(folder / "run.json", {"format": 1, "runs": [{"command": command}]})
+    spoil_the_plan(folder / "plan.json", "cut")
+    assert main([f"path={folder.path}", "repair=true"]) == 2
+    assert "which its last command does not give" in (said := capsys.readouterr().err)
+    assert "+stage=precompute_latents overwrite=true makes it again" in said and folder.record(0) is not None
 
 
 @pytest.mark.slow
