@@ -242,7 +242,8 @@ class TrainingConfig:
     weight_decay: float  # AdamW
     gradient_clipping: float | None  # highest norm of the gradient; null: any
     caption_dropout: float  # share of captions that become the empty one, which guidance needs
-    precision: str  # "float32"; "bf16_autocast": weights float32, arithmetic bf16; "bf16": weights too, float32 masters
+    precision: str  # "float32"; "bf16_autocast": weights float32, arithmetic bf16; "bf16" and "fp16": weights too, with
+    # float32 masters; fp16 also with a loss scale that follows its overflows
     deterministic: bool  # on CUDA: equal runs give equal bits, at some cost; on the processor they always do
     ema_decay: float  # of the averaged weights, which pictures are drawn from; warmed up as (1 + n) / (10 + n)
     ema_of: str  # "unet" or "all": what is averaged; the rest goes with its newest weights
@@ -266,6 +267,7 @@ class TrainingRunConfig:
     loader_workers: int  # threads of each process that read ahead; 0 reads when a batch is needed
     loader_cache_bytes: int  # samples that each process keeps in memory once they are read
     activation_checkpointing: bool  # blocks are computed again for the backward pass, for memory
+    compile: bool  # torch.compile: minutes at the start, quicker steps after
     checkpoint_every_steps: int
     keep_checkpoints: int  # newest ones that stay
     keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none

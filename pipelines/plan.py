@@ -72,18 +72,13 @@ def make_plan(config: Config) -> Plan:
 
 def costs_of(config: Config) -> ModelCosts:
     """Of the model that a configuration trains, at the resolution that it trains at."""
-    import torch
+    from ldm.config import TrainSettings
+    from ldm.training import budget
 
-    from ldm.models.denoiser import make_denoiser
-    from ldm.training.budget import model_costs
-
-    network, text = config.autoencoder.network, config.text_encoder
+    network = config.autoencoder.network
     side = config.dataset.precompute_latents.resolution // network.factor
-    with torch.device("meta"):
-        denoiser = make_denoiser(config.unet, text)
-        z_t = torch.empty(1, network.latent_channels, side, side)
-        condition = {} if text is None else {"tokens": torch.zeros(1, text.length, dtype=torch.int64)}
-    return model_costs(denoiser, z_t, condition, config.training.ema_of)
+    settings = TrainSettings(config.unet, config.text_encoder, config.diffusion, config.training)
+    return budget.costs_of(settings, [network.latent_channels, side, side])
 
 
 def headline(plan: Plan) -> str:

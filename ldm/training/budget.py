@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import TrainingConfig
+from ldm.config import TrainingConfig, TrainSettings
 from ldm.models.attention import AttentionBlock, SpatialTransformer
 from ldm.models.blocks import ResBlock
-from ldm.models.denoiser import Denoiser
+from ldm.models.denoiser import Denoiser, make_denoiser
 
 RESERVE_BYTES = 3e9
 BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock)  # what activation checkpointing computes again
@@ -56,6 +56,16 @@ class Memory:
 
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations + RESERVE_BYTES
+
+
+def costs_of(settings: TrainSettings, latent_shape: list[int]) -> ModelCosts:
+    """Of the model that settings describe, on latents (c, h, w)."""
+    text = settings.text_encoder
+    with torch.device("meta"):
+        denoiser = make_denoiser(settings.unet, text)
+        z_t = torch.empty(1, *latent_shape)
+        condition = {} if text is None else {"tokens": torch.zeros(1, text.length, dtype=torch.int64)}
+    return model_costs(denoiser, z_t, condition, settings.training.ema_of)
 
 
 def model_costs(denoiser: Denoiser, z_t: Tensor, condition: dict[str, Tensor], ema_of: str) -> ModelCosts:
@@ -142,7 +152,7 @@ def memory(
     is frozen stays whole and in float32 on every GPU.
     """
     n, share = costs.trained, 1 / world_size
-    width = 2 if training.precision == "bf16" else 4
+    width = 2 if training.precision in ("bf16", "fp16") else 4
     activations = costs.checkpointed_bytes if activation_checkpointing else costs.activation_bytes
     return Memory(
         weights=width * n * (share if zero_stage == 3 else 1) + 4 * costs.frozen,

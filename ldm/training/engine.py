@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from ldm.config import TrainingConfig, TrainingRunConfig
 from ldm.training.checkpoint import KINDS, Stretch
 
-PRECISIONS = ("float32", "bf16_autocast", "bf16")
+PRECISIONS = ("float32", "bf16_autocast", "bf16", "fp16")
+WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype that the model computes with; others: float32
 
 # Keys of DeepSpeed's configuration that follow from settings of ours, and those settings.
 OWNED = {
@@ -39,7 +40,7 @@ OWNED = {
     "optimizer": "training.learning_rate, beta1, beta2, epsilon and weight_decay",
     "scheduler": "training.lr_schedule",
     "bf16": "training.precision",
-    "fp16": "training.precision",
+    "fp16.enabled": "training.precision",
     "torch_autocast": "training.precision",
     "zero_optimization.stage": "cluster.train.run.zero_stage",
 }
@@ -120,9 +121,15 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
     """DeepSpeed's configuration: our settings, and the keys that the user passes through."""
     if training.precision not in PRECISIONS:
         raise ValueError(f"training.precision is {training.precision!r}; there are: {', '.join(PRECISIONS)}")
-    if training.precision == "bf16" and how.zero_stage == 0:
+    if training.precision in WEIGHTS and how.zero_stage == 0:
         raise ValueError(
-            "training.precision=bf16 keeps float32 masters only from cluster.train.run.zero_stage=1 on; set that"
+            f"training.precision={training.precision} keeps float32 masters only from cluster.train.run.zero_stage=1 "
+            f"on; set that"
+        )
+    if how.compile and how.zero_stage == 3:
+        raise ValueError(
+            "cluster.train.run.compile does not go with cluster.train.run.zero_stage=3, which swaps weights in and out "
+            "while a graph runs; set the one to false or the other to 2"
         )
     zero: dict[str, Any] = {"stage": how.zero_stage}
     if world.device.type == "cpu":
@@ -140,6 +147,10 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
         "bf16": {"enabled": training.precision == "bf16"},
+        # The loss is multiplied by a power of two, so that small gradients are not lost; it is halved at once when they
+        # overflow, and doubled after a thousand steps without.
+        "fp16": {"enabled": training.precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000,
+                 "hysteresis": 1, "min_loss_scale": 1},
         "torch_autocast": {"enabled": training.precision == "bf16_autocast", "dtype": "bfloat16"},
     }
     return _merged(config, how.deepspeed, "")
@@ -159,6 +170,13 @@ class NonFiniteGradient(RuntimeError):
     """The gradient's norm is not a number or infinite; the weights were not touched."""
 
 
+class GradientOverflow(NonFiniteGradient):
+    """A gradient times the loss scale left the range of fp16; the scale is smaller now, the weights are as before."""
+
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what the loss scale's future depends on
+
+
 class Engine:
     """A module under DeepSpeed."""
 
@@ -167,13 +185,14 @@ class Engine:
 
         self.module, self.world, self.stage = module, world, how.zero_stage
         self.clipping = training.gradient_clipping
-        self._dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        self._dtype = WEIGHTS.get(training.precision, torch.float32)
         self.parameters = dict(module.named_parameters())
         if frozen := [name for name, p in self.parameters.items() if not p.requires_grad]:
             raise ValueError(f"{len(frozen)} parameters are frozen, {frozen[0]} first; they belong outside the engine")
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         config = deepspeed_config(training, how, world)
         self.accumulation: int = config["gradient_accumulation_steps"]
+        self._in_files = (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme"
         optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=training.learning_rate,
@@ -182,7 +201,12 @@ class Engine:
             weight_decay=training.weight_decay,
             fused=True,
         )
+        if how.compile:
+            module.compile()
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._scaler = self.deepspeed.optimizer.loss_scaler if training.precision == "fp16" else None
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # `update` says what it means
         self._micro_steps = 0
 
     def __call__(self, z_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -198,8 +222,10 @@ class Engine:
     def update(self, learning_rate: float) -> float:
         """One step of the optimizer; returns the norm of the gradient before clipping.
 
-        Raises NonFiniteGradient on all processes, the weights untouched, when it is not finite.
+        Raises NonFiniteGradient on all processes, the weights untouched, when it is not finite; GradientOverflow when
+        that may be due to the loss scale.
         """
+        scale = self.loss_scale
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = math.inf
@@ -210,11 +236,28 @@ class Engine:
             self.deepspeed.step()
         else:
             self.module.zero_grad()
-        if self.stage:
+        if scale is not None and not self.deepspeed.was_step_applied() and scale > self._scaler.min_scale:
+            raise GradientOverflow(f"a gradient overflowed at loss scale {scale:g}")
+        if self.stage and self.deepspeed.was_step_applied():
             norm = float(self.deepspeed.get_global_grad_norm())
         if not math.isfinite(norm) or not self.deepspeed.was_step_applied():
             raise NonFiniteGradient(f"the gradient's norm is {norm}")
         return norm
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies the loss by; None at other precisions."""
+        return None if self._scaler is None else float(self._scaler.cur_scale)
+
+    def scaler_state(self) -> dict[str, float] | None:
+        """The loss scale and what decides when it changes, for a checkpoint."""
+        return None if self._scaler is None else {name: getattr(self._scaler, name) for name in SCALER}
+
+    def restore_scaler(self, state: dict[str, float] | None) -> None:
+        """Sets the loss scale; a checkpoint of another precision has none to set."""
+        if self._scaler is not None and state is not None:
+            for name in SCALER:
+                setattr(self._scaler, name, state[name])
 
     # -- who holds what ------------------------------------------------------------------------------------------
     def stretches(self) -> list[Stretch]:
@@ -280,6 +323,11 @@ class Engine:
 
     def _held(self) -> Iterator[_Held]:
         """Every piece of a parameter that this process updates."""
+        if self._in_files:
+            raise ValueError(
+                "cluster.train.run.deepspeed.zero_optimization.offload_optimizer.device is nvme: weights and optimizer "
+                "states in files can be trained but neither averaged nor kept in checkpoints; set it to cpu"
+            )
         optimizer = self.deepspeed.optimizer
         for name, p in self.parameters.items():
             if self.stage == 0:

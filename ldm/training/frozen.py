@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.denoiser import Denoiser
+from ldm.training.engine import WEIGHTS
 
 READS = ("tokens", "layout", "sizes")  # of a condition, in the words of ldm/models/denoiser.py
-ARITHMETIC = {"bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16}  # precision of the training -> its dtype
+ARITHMETIC = {**WEIGHTS, "bf16_autocast": torch.bfloat16}  # precision of the training -> what is computed with
 
 
 class Frozen:

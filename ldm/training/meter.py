@@ -21,8 +21,9 @@ STOP, NON_FINITE, COUNT, LOSS = 0, 1, slice(2, 6), slice(6, 10)
 class Meter:
     """Adds up losses of all processes between two reports; a step costs one small exchange between them."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, share_of_peak: float | None = None) -> None:
+        """`share_of_peak`: of the FLOP that all devices could do in a second, what one sample takes; None: unknown."""
+        self.world, self.share_of_peak = world, share_of_peak
         self.own_loss_is_finite = True
         self._step = torch.zeros(10, dtype=torch.float64, device=world.device)
         self._clear()
@@ -67,6 +68,8 @@ class Meter:
         values = {"loss": float(loss.sum() / count.sum()), **self._latest}
         values |= {f"loss_t{i}": float(loss[i] / count[i]) for i in range(4) if count[i]}
         values["samples_per_second"] = self._samples / self._seconds
+        if self.share_of_peak is not None:
+            values["mfu"] = values["samples_per_second"] * self.share_of_peak
         values["input_wait"] = self._waited / self._seconds
         values["memory_bytes"] = float(self._memory())
         self._clear()

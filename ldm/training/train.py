@@ -33,8 +33,9 @@ from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import Tokenizer, make_tokenizer
 from ldm.sheet import Tile, draw_sheet
 from ldm.training import checkpoint, lr
+from ldm.training.budget import costs_of
 from ldm.training.ema import Ema
-from ldm.training.engine import Engine, NonFiniteGradient, World, join
+from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, World, join
 from ldm.training.frozen import Frozen
 from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
 from ldm.training.meter import Meter
@@ -57,11 +58,13 @@ def train(
     log: Log,
     log_grid: LogGrid,
     should_stop: Callable[[], bool],
+    peak_flops: float | None = None,
 ) -> int:
     """Trains up to `max_steps` or until `should_stop`; returns the step of the last checkpoint, in `output`.
 
     `decode` (scaled z0 -> image in [-1, 1]), `log` and `log_grid` are called in the first process only, `should_stop`
-    in all of them after every step: one that says so stops all.
+    in all of them after every step: one that says so stops all. With `peak_flops`, what one device can do in a second,
+    the log also says what share of it is reached.
     """
     training, diffusion = settings.training, settings.diffusion
     torch.set_num_threads(run.threads)
@@ -105,12 +108,14 @@ def train(
         skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
         history = last.manifest.get("history", []) + ([{"step": step, "accepted": changed}] if changed else [])
         engine.restore(last.read, step)
+        engine.restore_scaler(last.manifest.get("loss_scale"))
         ema.restore(last.read_ema, step)
         if first:
             log_line.info("goes on from %s", last.path)
     check_skipped_samples(training, samples_seen)
     batches = loader.batches(samples_seen)
-    meter = Meter(world)
+    flop = costs_of(settings, data.latent_shape).step_flop() if peak_flops is not None and first else None
+    meter = Meter(world, flop and flop / (peak_flops * world.world_size))
     shown, stopping = step, False
 
     with Watchdog(output / "stacks", world.rank, run.hang_seconds) as watchdog:
@@ -142,6 +147,7 @@ def train(
                         "samples_seen": samples_seen,
                         "skipped_batches": skipped,
                         "history": history,
+                        "loss_scale": engine.scaler_state(),
                         "world_size": world.world_size,
                         "zero_stage": run.zero_stage,
                     },
@@ -181,6 +187,9 @@ def train(
             try:
                 grad_norm = engine.update(learning_rate)
             except NonFiniteGradient as error:
+                if finite and isinstance(error, GradientOverflow):  # no fault of the batch: the next scale is smaller
+                    log_line.info("%s at step %d; the batch is left out", error, step + 1)
+                    continue
                 skipped += 1
                 what = str(error) if finite else "the loss is not finite"
                 report = non_finite(output, what, step + 1, samples_seen, keys, meter.own_loss_is_finite)
@@ -191,7 +200,8 @@ def train(
                 continue
             ema.update()
             step += 1
-            meter.end_step(training.batch_size, grad_norm=grad_norm, learning_rate=learning_rate)
+            scale = {} if engine.loss_scale is None else {"loss_scale": engine.loss_scale}
+            meter.end_step(training.batch_size, grad_norm=grad_norm, learning_rate=learning_rate, **scale)
 
     loader.close()
     return saved

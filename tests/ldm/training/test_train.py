@@ -25,6 +25,7 @@ from ldm.config import SampleGridConfig, TrainingRunConfig, TrainSettings, from_
 from ldm.models.denoiser import make_denoiser
 from ldm.shards import ShardInfo, ShardWriter, encode_array
 from ldm.training import checkpoint
+from ldm.training.budget import costs_of
 from ldm.training.checkpoint import newest, step_name
 from ldm.training.loader import TrainData
 from ldm.training.train import train
@@ -329,3 +330,19 @@ def test_settings_that_cannot_be_followed_are_refused_at_once(data: TrainData, t
         with pytest.raises(ValueError, match=message):
             work(what, data, tmp_path, RUN)
     assert asdict(settings())["training"]["seed"] == settings().training.seed
+
+
+def with_peak(what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig, peak: float) -> list[Any]:
+    logged: list[dict[str, float]] = []
+    train(what, data, output, run, decode=lambda z0: z0, log=lambda step, values: logged.append(values),
+          log_grid=lambda *a: None, should_stop=lambda: False, peak_flops=peak)  # fmt: skip
+    return logged
+
+
+def test_the_share_of_the_peak_follows_from_speed_and_arithmetic(data: TrainData, tmp_path: Path) -> None:
+    what = settings(max_steps=4, warmup_steps=2, log_every_steps=2)
+    logged, _ = processes.run(with_peak, what, data, tmp_path, RUN, 1e12, world_size=2)
+    flop = costs_of(what, SHAPE).step_flop()
+    assert len(logged) == 2 and flop > 1e5
+    for values in logged:
+        assert values["mfu"] == pytest.approx(values["samples_per_second"] * flop / 2e12)
