@@ -71,14 +71,24 @@ class Step:
     job: Job
     resources: Resources
     todo: set[int]
-    module: str  # has run_shard(job, shard), or a class Worker(job) with run_shard(shard)
+    module: str  # has run_shard(job, shard), or a class Worker(job) with run_shard(shard), and maybe shared(job)
     waiting: deque[int] = field(default_factory=deque)
     running: int = 0
     actors: list[Any] = field(default_factory=list)
+    task: Any = None  # made once: Ray exports every function that it is handed, and forgets none
+    shared: Any = None  # the actor that serves all workers of the stage, where shared(job) names a class
 
 
-def _run_shard(module: str, job: Job, shard: int) -> Record:
-    return importlib.import_module(module).run_shard(job, shard)
+def _run_shard(module: str, job: Job, shard: int, shared: Any) -> Record:
+    run_shard = importlib.import_module(module).run_shard
+    return run_shard(job, shard) if shared is None else run_shard(job, shard, _asking(shared))
+
+
+def _asking(actor: Any) -> Callable[..., Any]:
+    """Asks an actor and waits for what it answers."""
+    import ray
+
+    return lambda *question: ray.get(actor.ask.remote(*question))
 
 
 def _run_whole(module: str, job: Job) -> Record:
@@ -164,16 +174,28 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
     import ray
 
     needs = {"num_cpus": step.resources.num_cpus, "num_gpus": step.resources.num_gpus}
-    worker = getattr(importlib.import_module(step.module), "Worker", None)
+    module = importlib.import_module(step.module)
+    worker = getattr(module, "Worker", None)
     if worker is None:
-        task = ray.remote(_run_shard).options(max_retries=SYSTEM_RETRIES, **needs)
-        return task.remote(step.module, step.job, shard), None
+        if step.task is None:
+            step.task = ray.remote(_run_shard).options(max_retries=SYSTEM_RETRIES, **needs)
+            step.shared = _share(getattr(module, "shared", lambda job: None)(step.job))
+        return step.task.remote(step.module, step.job, shard, step.shared), None
     if not step.actors:
         step.actors.append(
             ray.remote(worker).options(max_restarts=-1, max_task_retries=SYSTEM_RETRIES, **needs).remote(step.job)
         )
     actor = step.actors.pop()
     return actor.run_shard.remote(shard), actor
+
+
+def _share(kind: type | None) -> Any:
+    """One instance for all workers, in an actor that begins anew when its node dies; it must bear that."""
+    import ray
+
+    if kind is None:
+        return None
+    return ray.remote(kind).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
 
 
 def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:

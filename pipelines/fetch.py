@@ -3,8 +3,8 @@
 Safe: http and https only, on their own ports; every host, also after a redirect, must resolve to public addresses only,
 and the connection goes to the very address that was checked; a total deadline for all that a URL may cost, a cap on
 its bytes, a few redirects. Polite: an honest user agent, robots.txt, opt-out headers read before the body, a budget
-for each host and process (not yet for a whole cluster), and retries only where a retry can help. Whatever goes wrong
-becomes one short word.
+for each host (of all workers of a run, where they share one), and retries only where a retry can help. Whatever goes
+wrong becomes one short word.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from urllib3 import HTTPHeaderDict
 
 from pipelines.addresses import AddressError, public_address
+from pipelines.budgets import Ask, HostBudgets, Turns
 from pipelines.robots import Robots, parse_robots
 from pipelines.settings import DownloadConfig
 from pipelines.wire import Deadline, FetchError, Target, Wire, bracketed
@@ -39,11 +40,13 @@ class Host:
     def __init__(self) -> None:
         self.asking = threading.Lock()
         self.robots: dict[str, tuple[Robots, float]] = {}  # scheme -> rules, and until when they hold
-        self.next_free = 0.0  # moment of the next request that the budget allows
 
 
 class Fetcher:
-    """Fetches for one process; threads share its connections, its budgets and what it knows of robots.txt."""
+    """Fetches for one process; threads share its connections, its budgets and what it knows of robots.txt.
+
+    The budgets are its own until it is handed those of all workers by `share`.
+    """
 
     def __init__(self, settings: DownloadConfig, connect: str | None) -> None:
         address, _, port = (connect or "").rpartition(":")
@@ -52,6 +55,8 @@ class Fetcher:
         self.settings = settings
         self.stand_in = (address, int(port)) if connect is not None else None
         self.wire = Wire(settings.user_agent)
+        rate = settings.requests_per_second
+        self.turns = None if rate is None else Turns(HostBudgets().ask, rate)
         self.hosts: OrderedDict[str, Host] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -71,6 +76,11 @@ class Fetcher:
             time.sleep(wait)
             tried += 1
 
+    def share(self, ask: Ask) -> None:
+        """Takes the turns of its hosts from budgets that others use too."""
+        if self.turns is not None:
+            self.turns.ask = ask
+
     def close(self) -> None:
         """Closes the connections that are kept for the next URL."""
         self.wire.close()
@@ -80,7 +90,7 @@ class Fetcher:
             target = self._resolve(url, deadline)
             if self.settings.respect_robots and not self._robots(target, deadline).allows(target.path):
                 raise FetchError("robots")
-            deadline.at += self._await_budget(target.host)
+            deadline.at += self._await_turn(target.host)
             answer = self.wire.get(target, deadline, self.settings.max_bytes, check=self._refuse_opt_out)
             if answer.location is None:
                 return answer.body
@@ -148,7 +158,7 @@ class Fetcher:
         url = f"{target.scheme}://{bracketed(target.host)}/robots.txt"
         for _ in range(self.settings.max_redirects + 1):
             at = self._resolve(url, deadline)
-            deadline.at += self._await_budget(at.host)
+            deadline.at += self._await_turn(at.host)
             try:
                 answer = self.wire.get(at, deadline, ROBOTS_BYTES, cut=True)
             except FetchError as error:
@@ -160,16 +170,9 @@ class Fetcher:
             url = _join(url, answer.location)
         return ""  # RFC 9309: after enough redirects there is none
 
-    def _await_budget(self, name: str) -> float:
-        """Keeps this process to so many requests a second for each host. Returns the seconds that were waited."""
-        if self.settings.requests_per_second is None:
-            return 0.0
-        host, now = self._host(name), time.monotonic()
-        with self.lock:
-            at = max(now, host.next_free)
-            host.next_free = at + 1 / self.settings.requests_per_second
-        time.sleep(at - now)
-        return at - now
+    def _await_turn(self, host: str) -> float:
+        """Waits until the budget of a host allows a request. Returns the seconds that were waited."""
+        return 0.0 if self.turns is None else self.turns.wait(host)
 
     def _refuse_opt_out(self, headers: HTTPHeaderDict) -> None:
         """X-Robots-Tag, for whichever robot it is meant, and the W3C group's TDM-Reservation."""

@@ -36,6 +36,7 @@ from PIL import __version__ as pillow_version
 
 from ldm.images import ImageError, decode_for, encode_jpeg, encode_png, resize_shorter
 from ldm.shards import iterate_tar
+from pipelines.budgets import Ask, HostBudgets
 from pipelines.dag import Job
 from pipelines.fetch import STAND_IN_GONE, Fetcher
 from pipelines.manifest import Record, read_json, shard_name
@@ -200,8 +201,13 @@ def fetching_with(fetcher: Fetcher, arrivals: Arrivals) -> Iterator[None]:
 
 
 # -- one shard --------------------------------------------------------------------------------------------------------
-def run_shard(job: Job, shard: int) -> Record:
-    """Downloads one shard and commits what came.
+def shared(job: Job) -> type[HostBudgets] | None:
+    """What all workers of the stage share one instance of, in an actor of pipelines/cluster.py."""
+    return None if job.what["dataset.download"].requests_per_second is None else HostBudgets
+
+
+def run_shard(job: Job, shard: int, ask: Ask | None = None) -> Record:
+    """Downloads one shard and commits what came; `ask` gives the turns of hosts that other workers ask too.
 
     Raises YieldError below the configured floor, and StandInError when the embedded web ends meanwhile: it ends with
     the driver, and a worker that outlives both must not blame the URLs.
@@ -215,6 +221,8 @@ def run_shard(job: Job, shard: int) -> Record:
     with job.output.attempt(shard, job.fingerprint) as attempt:
         base = attempt.path / name
         arrivals, fetcher = Arrivals(settings), fetcher_of_process(settings, job.how.connect)
+        if ask is not None:
+            fetcher.share(ask)
         said = _download(rows, shard, attempt.path, settings, fetcher, arrivals)
         dropped = verify(base, rows["key"].to_pylist(), settings.encode_format, said)
         Path(f"{base}_stats.json").unlink()  # times and guesses; the ledger says what happened

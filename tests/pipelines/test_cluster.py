@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from ldm.images import encode_png
 from pipelines import cluster
 from pipelines.config import compose
 from pipelines.dag import How, Job
@@ -17,6 +22,7 @@ from pipelines.manifest import Record, StageFolder
 from pipelines.settings import Resources
 from tests.pipelines.known_stage import LONG, Known
 from tests.pipelines.small_cache import make_cache
+from tests.pipelines.unkind_server import Unkind, unkind_server
 
 MODULE = "tests.pipelines.known_stage"
 
@@ -123,3 +129,50 @@ def test_a_crashed_worker_is_replaced_and_its_shard_made(ray_here: None, tmp_pat
     assert (step.job.output / ".died-2").exists()
     assert sorted(step.job.output.committed()) == [0, 1, 2, 3]
     assert step.job.output.sweep() == 1  # what the crash left
+
+
+# -- what all workers share -------------------------------------------------------------------------------------------
+def a_download(folder: Path, address: str, shards: int, rows: int, per_second: float) -> cluster.Step:
+    """Shards of pictures that all come from one host, each for a worker of its own."""
+    config, source = compose([]), StageFolder(folder / "filter_metadata", "filter_metadata")
+    for shard in range(shards):
+        with source.attempt(shard, "f") as attempt:
+            names = [f"{shard:06d}{i:02d}" for i in range(rows)]
+            table = {"key": names, "url": [f"http://a.test/good?{name}" for name in names], "caption": names}
+            pq.write_table(pa.table(table), attempt.path / f"{shard:06d}.parquet")
+            attempt.commit(rows=rows, samples=rows, dropped={}, inputs={})
+    settings = replace(config.dataset.download, requests_per_second=per_second, respect_robots=False, threads=4,
+                       deadline_seconds=100.0)  # fmt: skip
+    how = How(config.cluster, config.tracking, address, "")
+    job = Job("download", {"dataset.download": settings}, "f", StageFolder(folder / "download", "download"),
+              {"filter_metadata": source}, how)  # fmt: skip
+    return cluster.Step(job, Resources(num_cpus=0.5, num_gpus=0, in_flight=shards), set(range(shards)),
+                        "pipelines.stages.download")
+
+
+def test_workers_together_ask_a_host_no_more_often_than_its_budget_allows(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrivals: list[tuple[float, str]] = []
+    both, noting, picture = threading.Event(), threading.Lock(), encode_png(np.full((120, 130, 3), 77, np.uint8))
+
+    def answer(self: Unkind) -> None:
+        with noting:
+            arrivals.append((time.monotonic(), self.path[:12]))  # /good?000001
+            if len({shard for _, shard in arrivals}) == 2:
+                both.set()
+        both.wait(60)  # the worker that comes first waits for the other
+        self.answer(200, picture)
+
+    monkeypatch.setattr(Unkind, "on_good", answer)
+    rows, per_second = 24, 12.0
+    with unkind_server() as address:
+        step = a_download(tmp_path, address, 2, rows, per_second)
+        records: list[Record] = []
+        cluster.stream([step], [0, 1], lambda stage, record: records.append(record))
+    assert [record.samples for record in records] == [rows, rows]
+    second = max(min(at for at, shard in arrivals if shard == one) for _, one in arrivals)
+    together = [at for at, _ in arrivals if at >= second]
+    # No request comes before its turn; the first may come late, on a busy machine. Each on its own takes half the time.
+    assert len(together) >= 2 * rows - 8
+    assert max(together) - min(together) >= 0.75 * (len(together) - 1) / per_second

@@ -365,8 +365,10 @@ def test_connections_are_reused(fetcher: Fetcher, connections: list[str]) -> Non
     assert len(connections) == 2, "one that the 404 for robots.txt closed, and one for everything else"
 
 
-def test_a_host_is_asked_no_more_often_than_its_budget_allows_and_waiting_costs_no_deadline(fetcher: Fetcher) -> None:
-    fetcher.settings = replace(SETTINGS, requests_per_second=8.0, respect_robots=False, deadline_seconds=0.5)
+def test_a_host_is_asked_no_more_often_than_its_budget_allows_and_waiting_costs_no_deadline(
+    address: str, make: Callable[..., Fetcher]
+) -> None:
+    fetcher = make(address, requests_per_second=8.0, respect_robots=False, deadline_seconds=0.5)
     started = time.monotonic()
     with ThreadPoolExecutor(9) as pool:
         assert all(pool.map(fetcher.fetch, ["http://a.test/good"] * 9))
