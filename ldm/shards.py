@@ -92,18 +92,7 @@ class ShardReader:
 
     def __init__(self, info: ShardInfo) -> None:
         self.info = info
-        data = Path(info.index).read_bytes()
-        if len(data) != info.samples * INDEX_ROW.itemsize:
-            raise CorruptSample(
-                f"{info.index} has {len(data)} bytes, expected {info.samples * INDEX_ROW.itemsize} for the "
-                f"{info.samples} samples of its record"
-            )
-        if (found := hashlib.sha256(data).hexdigest()) != info.index_sha256:
-            raise CorruptSample(
-                f"{info.index} has sha256 {found[:12]}, expected {info.index_sha256[:12]} as its record says; find out "
-                f"what else is damaged with: python -m pipelines.verify path={info.index}"
-            )
-        self.rows = np.frombuffer(data, INDEX_ROW)
+        self.rows = read_index(info)
         self.handle = os.open(info.tar, os.O_RDONLY)
 
     def __len__(self) -> int:
@@ -120,12 +109,38 @@ class ShardReader:
         if len(data) != row["size"] or zlib.crc32(data) != row["crc32"]:
             raise CorruptSample(
                 f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {row['size']} bytes read); "
-                f"make the shard again with: python -m pipelines.verify path={self.info.tar} repair=true"
+                + self._way_out()
             )
         return dict(sample_members(data, key, self.info.tar))
 
+    def _way_out(self) -> str:
+        """What was fetched is a copy, which nobody shall read again; what lies on disk is all that there is."""
+        if not self.info.stored:
+            return f"make the shard again with: python -m pipelines.verify path={self.info.tar} repair=true"
+        Path(self.info.tar).unlink(missing_ok=True)
+        return f"this node's copy of {self.info.stored[0].place} is removed; start again, and it is fetched anew"
+
     def close(self) -> None:
         os.close(self.handle)
+
+
+def read_index(info: ShardInfo, cache: NodeCache | None = None) -> np.ndarray:
+    """The rows of a shard's index, wherever it lies, checked; its tar is neither opened nor fetched."""
+    if cache is not None and info.stored:
+        with cache.file(info.stored[1]) as path:
+            return read_index(replace(info, index=str(path)))
+    data = Path(info.index).read_bytes()
+    if len(data) != info.samples * INDEX_ROW.itemsize:
+        raise CorruptSample(
+            f"{info.index} has {len(data)} bytes, expected {info.samples * INDEX_ROW.itemsize} for the "
+            f"{info.samples} samples of its record"
+        )
+    if (found := hashlib.sha256(data).hexdigest()) != info.index_sha256:
+        raise CorruptSample(
+            f"{info.index} has sha256 {found[:12]}, expected {info.index_sha256[:12]} as its record says; find out "
+            f"what else is damaged with: python -m pipelines.verify path={info.index}"
+        )
+    return np.frombuffer(data, INDEX_ROW)
 
 
 def open_shard(info: ShardInfo, cache: NodeCache | None) -> ShardReader:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm.config import AutoencoderConfig, AutoencoderSettings
 from ldm.node_cache import NodeCache
-from ldm.shards import ShardInfo, open_shard
+from ldm.shards import ShardInfo, open_shard, read_index
 from ldm.training.order import held_out
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file
@@ -134,7 +134,7 @@ def used_bits(infos: list[ShardInfo], mask: np.ndarray, cache: NodeCache | None 
     """For each tar of a shard one bit for each of its samples, from a mask over all of them in key order."""
     if len(infos) == 1:
         return [np.packbits(mask).tobytes()]
-    keys = [open_shard(info, cache).rows["key"] for info in infos]
+    keys = [read_index(info, cache)["key"] for info in infos]
     everything = np.sort(np.concatenate(keys)) if keys else np.empty(0)
     return [np.packbits(mask[np.searchsorted(everything, part)]).tobytes() for part in keys]
 
