@@ -171,7 +171,7 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
         if not open_stages:
             continue
         for stage in open_stages:
-            _prepare(dag, stage)
+            begin(dag, stage)
             print(f"{time.strftime('%H:%M:%S')}  {stage:<20} begins", flush=True)
         if STAGES[group[0]].kind == "shards":
             _run_stream(dag, open_stages, tracker, command)
@@ -200,7 +200,7 @@ def groups(wanted: list[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _prepare(dag: Dag, stage: str) -> None:
+def begin(dag: Dag, stage: str) -> None:
     """Sweeps what crashed attempts left, and writes the plan of a stage that begins."""
     folder = dag.statuses[stage].job.output
     folder.sweep()

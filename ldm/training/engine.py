@@ -41,6 +41,7 @@ OWNED = {
     "scheduler": "training.lr_schedule",
     "bf16": "training.precision",
     "fp16.enabled": "training.precision",
+    "fp16.loss_scale": "training.precision, whose scale follows the overflows",
     "torch_autocast": "training.precision",
     "zero_optimization.stage": "cluster.train.run.zero_stage",
 }

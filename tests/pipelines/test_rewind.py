@@ -15,7 +15,7 @@ from pipelines.dag import Dag
 from pipelines.journal import Journal, journal_path, read_images, read_metrics
 from pipelines.manifest import StaleError
 from pipelines.rewind import go_back, is_due
-from pipelines.run import _prepare
+from pipelines.run import begin as begin_stage
 from tests.pipelines.small_cache import config_of, make_cache
 
 TRAINING = compose([]).training
@@ -102,7 +102,7 @@ def begin(outputs: Path, *overrides: str) -> Dag:
     """The stage's plan is written, as before a training."""
     dag = dag_of(outputs, *overrides)
     dag.refresh("train")
-    _prepare(dag, "train")
+    begin_stage(dag, "train")
     return dag
 
 

@@ -1,0 +1,88 @@
+"""Training without Ray: the same function, in processes that torchrun or DeepSpeed's launcher started.
+
+    torchrun --nproc-per-node 8 -m pipelines.torchrun +experiment=laion400m_1p45b
+    deepspeed --num_accelerators 8 --module pipelines.torchrun +experiment=laion400m_1p45b
+
+What training reads must be finished. Numbers go to the journal, and `python -m pipelines.sync` sends them. SIGTERM and
+SIGINT to these processes save and leave; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from pipelines.config import ConfigError, compose
+from pipelines.dag import Dag, Job, reads
+from pipelines.lock import LockedError, lock
+from pipelines.manifest import StaleError
+from pipelines.run import begin, normalise
+from pipelines.stopping import SIGNALS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One process. Returns the exit code: 0 done, 1 stopped before the last step, 2 the request does not fit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        # DeepSpeed's launcher adds --local_rank=N to what it was given; its environment says the same.
+        dag = Dag(compose(normalise([argument for argument in given if not argument.startswith("--local_rank")])))
+        if dag.refresh("train").done:
+            if os.environ.get("RANK", "0") == "0":
+                print("train is up to date")
+            return 0
+        _check_inputs(dag)
+        train_here(dag)
+    except (ConfigError, StaleError, LockedError) as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return 2
+    except (RuntimeError, ValueError) as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check_inputs(dag: Dag) -> None:
+    for read in reads(dag.config, "train"):
+        if not dag.statuses[read].done:
+            raise ConfigError(
+                f"train reads {read}, which is not finished in {dag.home(read)}; "
+                f"make it with: python -m pipelines.run +stage={read} name={dag.config.name}"
+            )
+
+
+def train_here(dag: Dag) -> None:
+    """What the driver does under Ray falls to the first process; all of them train."""
+    import torch.distributed as dist
+
+    from ldm.training.engine import join
+    from pipelines.stages import train
+
+    job = dag.statuses["train"].job
+    first = join().rank == 0
+    with ExitStack() as stack:
+        prepared: list[Any] = [None]
+        if first:
+            stack.enter_context(lock(dag.home("train") / "lock", f"train of {dag.config.name}"))
+            begin(dag, "train")
+            prepared = [train.prepare(job)]
+        dist.broadcast_object_list(prepared)
+        _ask_on_signals(job)
+        train.work({"job": job, "selections": prepared[0].selections})
+        dist.destroy_process_group()  # what follows is done alone
+        if first:
+            train.commit(job, prepared[0])
+
+
+def _ask_on_signals(job: Job) -> None:
+    """Every signal asks to save and leave. Terminals and launchers send several, so none of them ends it at once."""
+    from pipelines.stages.train import STOP
+
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: (job.output / STOP).touch())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

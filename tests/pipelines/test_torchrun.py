@@ -1,0 +1,42 @@
+"""The same training in processes that torchrun and DeepSpeed's launcher start, without Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.manifest import read_json
+from tests.pipelines.small_cache import make_cache
+from tests.pipelines.test_stopping import ROOT, SETTINGS, command, step_of, told
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT", "-m"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "PORT", "--module"],
+}
+
+
+def free_port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_either_launcher_trains_and_goes_on_where_the_other_left(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    make_cache(outputs, *SETTINGS, shards=2)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for launcher, goal in (("torchrun", 3), ("deepspeed", 5)):
+        overrides = [part for part in command(outputs, f"training.max_steps={goal}")[3:] if part != "+stage=train"]
+        launch = [free_port() if word == "PORT" else word for word in LAUNCHERS[launcher]]
+        whole = [sys.executable, *launch, "pipelines.torchrun", *overrides]
+        done = subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, (launcher, done.stdout + done.stderr)
+        assert step_of(outputs) == goal and told(outputs) == list(range(1, goal + 1))
+        assert read_json(outputs / "small/train/record.json")["facts"] == {"training.max_steps": goal}
