@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipelines.mended_text import NOT_UTF8
 from pipelines.settings import FilterMetadataConfig
 
 NEEDED = ("url", "caption")
@@ -43,6 +44,7 @@ def rules(settings: FilterMetadataConfig, columns: set[str]) -> list[Rule]:
 
 
 def _text_rules() -> Iterator[Rule]:
+    yield Rule("not_utf8", "a text of the row is not UTF-8", f"coalesce(url = {quoted(NOT_UTF8)}, false)")
     yield Rule("no_url", "there is no URL", _blank("url"))
     yield Rule("no_caption", "there is no caption", _blank("caption"))
 

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from pipelines import sample_web
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
+from pipelines.mended_text import mended
 from pipelines.metadata_rules import DUPLICATES, NEEDED, SHAPE, Rule, check, deny_table, describe, quoted, rules
 from pipelines.settings import FilterMetadataConfig, SourceConfig
 from pipelines.tab_separated import as_parquet
@@ -129,7 +130,7 @@ class MetadataSet:
         source, limits = job.what["dataset.source"], job.how.cluster.filter_metadata
         self.settings: FilterMetadataConfig = job.what["dataset.filter_metadata"]
         self.columns = {name: column for name, column in source.columns.items() if column is not None}
-        self.files = files
+        self.files, self.scratch = files, scratch
         if source.format == "tsv" and source.metadata is not None:
             self.files = [as_parquet(file, scratch / f"{i}.parquet", self.columns) for i, file in enumerate(files)]
         self.database = duckdb.connect(":memory:", config={
@@ -180,7 +181,8 @@ class MetadataSet:
         self.database.execute(f"CREATE TABLE rows (place BIGINT, fate UTINYINT, same UHUGEINT, {kinds})")
         for number, file in enumerate(self.files):
             self._found(file)
-            self._judge_file(number, file)
+            with _reading(file):
+                self._judge_any_file(number, file)
         counts = self.database.execute(
             f"SELECT fate, count(*) FROM rows WHERE fate > 0 AND place >= {_place(new_from)} GROUP BY fate"
         )
@@ -202,10 +204,21 @@ class MetadataSet:
         kept = ", ".join(f"CASE WHEN fate = 0 THEN {value} END" for value in ("md5_number(url)", *self.columns))
         read = f"SELECT {names}, file_row_number FROM read_parquet({quoted(file)}, file_row_number = true)"
         judged = f"SELECT *, {_fate(self.rules)} AS fate FROM ({read})"
-        with _reading(file):
-            self.database.execute(
-                f"INSERT INTO rows SELECT {_place(number)} + file_row_number, fate, {kept} FROM ({judged})"
-            )
+        self.database.execute(
+            f"INSERT INTO rows SELECT {_place(number)} + file_row_number, fate, {kept} FROM ({judged})"
+        )
+
+    def _judge_any_file(self, number: int, file: str) -> None:
+        """The same, also for a file with text that is not UTF-8; the rows that have it fall."""
+        try:
+            return self._judge_file(number, file)
+        except duckdb.InvalidInputException as error:
+            if "UTF8" not in str(error):
+                raise
+        columns = list(dict.fromkeys(self.columns.values()))
+        path = self.scratch / f"mended-{number}.parquet"
+        self._judge_file(number, mended(file, path, columns, self.columns["url"]))
+        path.unlink()
 
     def _find_duplicates(self, new_from: int) -> Counter[str]:
         """Fills `duplicates` with the places of rows that repeat an earlier one; counts those of the new files."""
@@ -245,10 +258,12 @@ class MetadataSet:
 
 @contextmanager
 def _reading(file: str) -> Iterator[None]:
-    """Names the file when DuckDB cannot read it: cut off, damaged, no parquet, or text that is no UTF-8."""
+    """Names the file when it cannot be read: cut off, damaged, or no parquet."""
     try:
         yield
-    except (duckdb.InvalidInputException, duckdb.IOException) as error:
+    except (duckdb.Error, pa.ArrowInvalid) as error:
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise
         first = str(error).splitlines()[0]
         raise ValueError(f"{file} cannot be read as parquet: {first} Replace it, or move it away") from error
 

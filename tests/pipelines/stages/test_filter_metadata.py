@@ -210,7 +210,7 @@ def test_columns_that_a_data_set_lacks_are_not_filtered_on_and_that_is_said(
     said = capsys.readouterr().out
     assert "no such column: width, height, similarity, language" in said
     order = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
-    assert order == ["no_url", "no_caption", "short_caption", "control_characters", "duplicate_url_caption",
+    assert order == ["not_utf8", "no_url", "no_caption", "short_caption", "control_characters", "duplicate_url_caption",
                      "duplicate_url"]  # fmt: skip
 
 
@@ -296,8 +296,39 @@ def test_hostile_rows_are_dropped_by_reason_and_the_run_finishes(tmp_path: Path)
     }}  # fmt: skip
 
 
+def broken_text(texts: list[bytes]) -> pa.StringArray:
+    """Strings as a file may claim that it holds them."""
+    return pa.StringArray.from_buffers(len(texts), *pa.array(texts, pa.binary()).buffers()[1:])
+
+
+def test_text_that_is_not_utf_8_drops_its_row_and_no_other_and_executes_nothing(tmp_path: Path) -> None:
+    kind, canary = canary_type(tmp_path / "canary"), tmp_path / "canary"
+    pa.register_extension_type(kind())
+    try:
+        good = pa.Table.from_pylist([row(i, LICENSE=f"by {i}") for i in range(6)])
+        urls = [b"http://a.test/0", b"http://\xff/1", *[b"http://b.test"] * 4]
+        captions = ["caption €".encode(), *[b"caption"] * 3, b"\xc3(", b"text 5"]
+        licenses = [b"by", b"by", b"\x80", b"by", b"by", b"by"]
+        table = good.set_column(0, "URL", broken_text(urls)).set_column(1, "TEXT", broken_text(captions))
+        table = table.set_column(5, "LICENSE", broken_text(licenses))
+        marked = pa.ExtensionArray.from_storage(kind(), pa.array(["not read"] * 6))
+        pq.write_table(table.append_column("MARKED", marked), tmp_path / "part-00000.parquet")
+        pq.write_table(pa.Table.from_pylist([row(7, LICENSE="by")]), tmp_path / "part-00001.parquet")
+        source = SourceConfig(str(tmp_path / "part-*.parquet"), "parquet", {**COLUMNS, "license": "LICENSE"})
+        job = job_of(tmp_path, source)
+        canary.unlink(missing_ok=True)
+        assert filter_metadata.run(job) == {"rows": 7, "samples": 3, "dropped": {"duplicate_url": 1, "not_utf8": 3}}
+        assert not canary.exists()
+    finally:
+        pa.unregister_extension_type("tests.loaded")
+    assert [(r["url"], r["caption"]) for r in read(job)] == [
+        ("http://a.test/0", "caption €"), ("http://b.test", "caption"), ("http://a.test/7", "caption 7")]  # fmt: skip
+    assert {r["license"] for r in read(job)} == {"by"}
+    assert not list(job.output.path.glob(".attempts/*"))
+
+
 @pytest.mark.parametrize("spoil", [lambda data: data[:-20], lambda data: b"PAR1" + data[:50], lambda data: b"",
-                                   lambda data: data.replace(b"caption 1", b"caption \xff")])  # fmt: skip
+                                   lambda data: data.replace(b"caption 1", b"")])  # fmt: skip
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     job, path = make_job(tmp_path, [[row(0)], [row(1)]]), tmp_path / "part-00001.parquet"
     path.write_bytes(spoil(path.read_bytes()))
