@@ -13,9 +13,10 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +38,11 @@ class Tokenizer:
     def __call__(self, captions: list[str]) -> Tensor:
         if isinstance(captions, str):
             raise TypeError("a tokenizer takes a list of captions; put the one caption into a list")
-        rows = [self._row(caption) for caption in captions]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
-
-    def _row(self, caption: str) -> list[int]:
-        # A caption that is cut keeps its end.
-        ids = [self.start, *self.ids(caption)[: self.length - 2], self.end]
-        return ids + [self.pad] * (self.length - len(ids))
+        rows = np.full((len(captions), self.length), self.pad, np.int64)
+        for row, caption in zip(rows, captions, strict=True):
+            ids = self.ids(caption)[: self.length - 2]
+            row[: len(ids) + 2] = [self.start, *ids, self.end]  # a caption that is cut keeps its end
+        return torch.from_numpy(rows)
 
 
 def make_tokenizer(config: TextEncoderConfig) -> Tokenizer:
@@ -76,20 +75,48 @@ def _byte_ids(caption: str) -> list[int]:
     return [3 + byte for byte in caption.encode()]
 
 
+class Remembered(dict[str, Any]):
+    """What was found out of each word; the web never runs out of new ones, so there is an end to it."""
+
+    most = 100_000
+
+    def __init__(self, find: Callable[[str], Any]) -> None:
+        self.find = find
+
+    def __missing__(self, word: str) -> Any:
+        if len(self) >= self.most:
+            self.clear()
+        self[word] = found = self.find(word)
+        return found
+
+
 # ---- hashed words ------------------------------------------------------------------------------------------
 def _words_tokenizer(config: TextEncoderConfig) -> Tokenizer:
     """Words by their hash (Weinberger et al. 2009), 3 and up: needs no file; two words may share an id."""
     buckets = config.vocab_size - 3
     if buckets < 1:
         raise ValueError(f"text_encoder.vocab_size is {config.vocab_size}; hashed words need at least 4")
-    ids = partial(_word_ids, buckets=buckets)
+    ids = HashedWords(buckets).ids
     return Tokenizer(ids, start=1, end=2, pad=0, length=config.length, vocab_size=config.vocab_size)
 
 
-def _word_ids(caption: str, buckets: int) -> list[int]:
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", caption).lower())
-    digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
-    return [3 + int.from_bytes(digest, "little") % buckets for digest in digests]
+class HashedWords:
+    """Words -> one of `buckets` ids each."""
+
+    word = re.compile(r"\w+")
+
+    def __init__(self, buckets: int) -> None:
+        self.buckets = buckets
+        self._id = Remembered(self._hashed)
+
+    def ids(self, caption: str) -> list[int]:
+        """The tokens of a caption without start, end and padding."""
+        known = self._id
+        return [known[word] for word in self.word.findall(unicodedata.normalize("NFKC", caption).lower())]
+
+    def _hashed(self, word: str) -> int:
+        digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+        return 3 + int.from_bytes(digest, "little") % self.buckets
 
 
 # ---- WordPiece ---------------------------------------------------------------------------------------------
@@ -142,14 +169,13 @@ class WordPiece:
     # These are found in a caption as they stand, before it is put into lower case.
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     longest_word = 100  # characters; a longer word is [UNK]
-    cached_words = 100_000  # words whose pieces are remembered; the web never runs out of new ones
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
         self.vocabulary = vocabulary
         self.unknown = vocabulary["[UNK]"]
         known = [re.escape(piece) for piece in self.special if piece in vocabulary]
         self._special = re.compile(f"({'|'.join(known)})")
-        self._cache: dict[str, list[int]] = {}
+        self._pieces = Remembered(self.pieces)
 
     def ids(self, caption: str) -> list[int]:
         """The tokens of a caption without start, end and padding."""
@@ -159,14 +185,8 @@ class WordPiece:
                 ids.append(self.vocabulary[part])
             else:
                 for word in words(part):
-                    ids.extend(self._cache.get(word) or self._remember(word))
+                    ids += self._pieces[word]
         return ids
-
-    def _remember(self, word: str) -> list[int]:
-        if len(self._cache) >= self.cached_words:
-            self._cache.clear()
-        self._cache[word] = pieces = self.pieces(word)
-        return pieces
 
     def pieces(self, word: str) -> list[int]:
         """The longest piece that a word begins with, then that of the rest; [UNK] when there is none."""
@@ -187,10 +207,18 @@ class WordPiece:
 
 def words(text: str) -> list[str]:
     """Lower case without accents, cut at white space, around punctuation and around Chinese characters."""
-    text = "".join(map(_clean, text))
-    text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-    text = "".join(c.lower() for c in text)  # each letter alone: a final sigma stays a sigma
-    return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
+    return unicodedata.normalize("NFD", text.translate(_CLEAN)).translate(_FOLD).split()
+
+
+class _Table(dict[int, str]):
+    """For str.translate: what becomes of each character, found out when it comes for the first time."""
+
+    def __init__(self, change: Callable[[str], str]) -> None:
+        self.change = change
+
+    def __missing__(self, code: int) -> str:
+        self[code] = changed = self.change(chr(code))
+        return changed
 
 
 def _clean(c: str) -> str:
@@ -213,6 +241,16 @@ def _is_chinese(code: int) -> bool:
     return code >= 0x3400 and any(low <= code <= high for low, high in _CHINESE)
 
 
+def _fold(c: str) -> str:
+    if unicodedata.category(c) == "Mn":
+        return ""
+    # Each letter alone: a final sigma stays a sigma.
+    return "".join(f" {small} " if _is_punctuation(small) else small for small in c.lower())
+
+
 def _is_punctuation(c: str) -> bool:
     # BERT counts every printable ASCII sign that is no letter and no digit, $ and ~ among them.
     return ("!" <= c <= "~" and not c.isalnum()) or unicodedata.category(c).startswith("P")
+
+
+_CLEAN, _FOLD = _Table(_clean), _Table(_fold)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import random
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ldm.config import TextEncoderConfig
-from ldm.models.tokenizer import WordPiece, make_tokenizer, words
+from ldm.models.tokenizer import WordPiece, _clean, _is_punctuation, make_tokenizer, words
 from tests.ldm.models import settings
 
 SEED = int(os.environ.get("LDM_TEST_SEED", 0))
@@ -84,11 +85,28 @@ def test_tokenizers_travel_to_worker_processes(small: TextEncoderConfig) -> None
 
 def test_caches_stay_small(small: TextEncoderConfig) -> None:
     pieces = WordPiece({"[UNK]": 0, **{str(i): i + 1 for i in range(10)}, **{f"##{i}": i + 11 for i in range(10)}})
-    pieces.cached_words = 20
+    pieces._pieces.most = 20
     captions = [f"{i} {i * 7} {i}" for i in range(100)]
     fresh = [WordPiece(pieces.vocabulary).ids(caption) for caption in captions]
     assert [pieces.ids(caption) for caption in captions] == fresh
-    assert len(pieces._cache) <= 20
+    assert len(pieces._pieces) <= 20
+
+
+def slow_words(text: str) -> list[str]:
+    """BERT's rules letter by letter, without the tables that make them quick."""
+    text = "".join(map(_clean, text))
+    text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+    text = "".join(c.lower() for c in text)
+    return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
+
+
+def test_words_are_those_of_the_rules_for_every_character_and_mixtures_of_them() -> None:
+    rng = random.Random(SEED)
+    assert not [code for code in range(0x30000) if words(f"a{chr(code)}b") != slow_words(f"a{chr(code)}b")]
+    for _ in range(5000):
+        some = rng.choices("abCD  .,!'\t\n\x0b\x1c\x7féßΣςİıﬁ猫\u200b\u0301\u0345\ufffd½", k=rng.randrange(12))
+        text = "".join(some) + chr(rng.randrange(0x110000))
+        assert words(text) == slow_words(text), text
 
 
 def test_bytes_come_back() -> None:
