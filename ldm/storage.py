@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 1000  # keys that S3 lists in one answer
+# Of the first look at a place: work under way waits and asks again for longer, but who has just begun wants to know.
+FIRST_LOOK = {"connect_timeout": 4, "read_timeout": 8, "retries": {"total_max_attempts": 2}}
 
 
 class StorageError(OSError):
@@ -57,7 +59,11 @@ def place(where: Any) -> Any:
     if not isinstance(where, str):
         return where
     if not where.startswith("s3://"):
-        raise StorageError(f"{where}: no such kind of place; expected a path or s3://bucket/prefix")
+        kind = where.partition("://")[0]
+        raise StorageError(
+            f"{where}: {kind}:// is not supported; expected a path that all nodes share, or s3://bucket/prefix "
+            f"(also of other stores that speak S3, by AWS_ENDPOINT_URL)"
+        )
     from upath import UPath
 
     return UPath(where.rstrip("/"), use_listings_cache=False)
@@ -66,7 +72,8 @@ def place(where: Any) -> Any:
 @contextmanager
 def explained(path: Any) -> Iterator[None]:
     """Turns what botocore and s3fs raise into StorageError with the object's name; absence stays FileNotFoundError."""
-    from botocore.exceptions import BotoCoreError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, HTTPClientError, NoCredentialsError
+    from botocore.exceptions import ConnectionError as NoConnection
 
     try:
         yield
@@ -81,17 +88,24 @@ def explained(path: Any) -> Iterator[None]:
         raise StorageError(f"{path}: there is no such bucket; make it, or name another one") from error
     except StorageError:
         raise
+    except (HTTPClientError, NoConnection) as error:
+        raise StorageError(
+            f"{path}: {error}. Does the server run, can this machine reach it, and is AWS_ENDPOINT_URL="
+            f"{os.environ.get('AWS_ENDPOINT_URL', 'unset, which is Amazon')} the right one?"
+        ) from error
     except (BotoCoreError, OSError) as error:
         raise StorageError(f"{path}: {error}") from error
 
 
 def check(path: Any, setting: str) -> None:
-    """Raises StorageError that names the setting when a place on an object store cannot be used at all."""
+    """Raises StorageError that names the setting when a place on an object store cannot be used; within seconds."""
     if not is_remote(path):
         return
+    store = type(path.fs)(config_kwargs=FIRST_LOOK, skip_instance_cache=True)
+    store.retries = 1  # s3fs asks again what botocore has asked again
     try:
         with explained(path):
-            path.fs.call_s3("list_objects_v2", **_names(path, prefix=True), MaxKeys=1)
+            store.call_s3("list_objects_v2", **_names(path, prefix=True), MaxKeys=1)
     except OSError as error:
         raise StorageError(f"{setting}={path}: {error}") from error
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
 
+from ldm import storage
 from ldm.node_cache import DamagedFile, NodeCache
 from ldm.storage import StorageError, check, place
 from pipelines.bucket import Bucket
@@ -71,6 +74,25 @@ def test_no_bucket_and_no_credentials_name_the_setting(s3: S3Server, monkeypatch
         check(place(f"s3://{BUCKET}/x"), "paths.shards")
 
 
-def test_another_kind_of_place_is_refused() -> None:
-    with pytest.raises(StorageError, match="gopher://x/y: .*expected a path or s3://"):
-        place("gopher://x/y")
+@pytest.mark.parametrize("silent, word", [(False, "Could not connect to"), (True, "timeout on")])
+def test_a_server_that_is_dead_or_silent_is_named_within_seconds(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, silent: bool, word: str
+) -> None:
+    monkeypatch.setitem(storage.FIRST_LOOK, "read_timeout", 1)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if silent:
+            listener.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        begun = time.monotonic()
+        with pytest.raises(StorageError, match=f"(?s)paths.shards=s3://bucket/x: .*{word}.*AWS_ENDPOINT_URL={address}"):
+            check(place(f"s3://{BUCKET}/x"), "paths.shards")
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("where", ["gopher://x/y", "gs://bucket/prefix"])
+def test_another_kind_of_place_is_refused(where: str) -> None:
+    kind = where.partition("://")[0]
+    with pytest.raises(StorageError, match=f"{where}: {kind}:// is not supported; expected a path .*s3://"):
+        place(where)
