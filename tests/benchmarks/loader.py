@@ -1,7 +1,7 @@
 """Samples a second from a latent cache: our loader, webdataset's own, and MosaicML Streaming, on the same latents.
 
     python -m tests.benchmarks.loader --samples 8000 --seconds 4 --rounds 3
-    python -m tests.benchmarks.loader --streaming .streaming/bin/python   # an environment with mosaicml-streaming
+    python -m tests.benchmarks.loader --streaming PYTHON   # of an environment by infra/constraints-streaming.txt
 
 Latents are moments of 256 px in fp16, (8, 32, 32), 16 KiB, with a caption each, in shards of 1,000. What is timed is
 what a training loop asks for: shuffled batches of 64 as tensors, with captions, tokens or neither. "all" is what our
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import statistics
@@ -114,16 +115,19 @@ def write_streaming(folder: Path, count: int) -> None:
             writer.write({"moments": moments, "caption": caption})
 
 
-def streaming(folder: Path, workers: int) -> Iterator[int]:
+def streaming(folder: Path, workers: int, what: str) -> Iterator[int]:
     """Its defaults, shuffled, through torch's own loader as its documentation shows it."""
     import torch
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
     dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+    tokenizer = None if what == "latents" else make_tokenizer()
 
     def collate(batch: list[dict[str, Any]]) -> Any:
-        return torch.from_numpy(np.stack([each["moments"] for each in batch])), [each["caption"] for each in batch]
+        captions = [each["caption"] for each in batch]
+        moments = torch.from_numpy(np.stack([each["moments"] for each in batch]))
+        return moments, captions if tokenizer is None else tokenizer(captions)
 
     while True:
         batches = DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=collate, drop_last=True)
@@ -159,10 +163,11 @@ def rate(make: Callable[[], Iterator[int]], seconds: float) -> dict[str, float]:
     return {"wall": count / wall, "processor": (count + BATCH) / (processor_seconds() - begun)}
 
 
-def run_streaming(given: argparse.Namespace, folder: Path, workers: int) -> dict[str, float]:
+def run_streaming(given: argparse.Namespace, folder: Path, workers: int, what: str) -> dict[str, float]:
     """One run in the other environment's Python; the latents are written there first."""
-    command = [given.streaming, "-m", "tests.benchmarks.loader", "--child", "--folder", str(folder), "--workers",
-               str(workers), "--samples", str(given.samples), "--seconds", str(given.seconds)]  # fmt: skip
+    options = {"folder": folder, "workers": workers, "what": what, "samples": given.samples, "seconds": given.seconds}
+    command = [given.streaming, "-m", "tests.benchmarks.loader", "--child"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     command += ["--cold"] if given.cold else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -171,12 +176,13 @@ def run_streaming(given: argparse.Namespace, folder: Path, workers: int) -> dict
 
 
 def streaming_child(given: argparse.Namespace) -> None:
-    """What the other environment does; it needs nothing of ours. Prints one line of JSON."""
+    """What the other environment does; of ours it needs the tokenizer. Prints one line of JSON."""
+    importlib.import_module("streaming")  # which takes longer than the run; starting Python is not compared
     if not given.folder.exists():
         write_streaming(given.folder, given.samples)
     if given.cold:
         drop_from_page_cache(given.folder)
-    print(json.dumps(rate(lambda: streaming(given.folder, given.workers), given.seconds)))
+    print(json.dumps(rate(lambda: streaming(given.folder, given.workers, given.what), given.seconds)))
 
 
 def main() -> None:
@@ -189,6 +195,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the latents are written; a temporary one if not given")
     parser.add_argument("--child", action="store_true", help="used by the command itself, for Streaming")
     parser.add_argument("--workers", type=int, default=1, help="of the child")
+    parser.add_argument("--what", choices=["latents", "tokens"], help="of the child")
     given = parser.parse_args()
     if given.child:
         streaming_child(given)
@@ -203,7 +210,7 @@ def compare(folder: Path, given: argparse.Namespace) -> None:
     infos = write_tars(tars, given.samples)
     contenders = [("ours", "latents"), ("webdataset", "latents"), ("ours", "tokens"), ("webdataset", "tokens"),
                   ("ours", "all")]  # fmt: skip
-    contenders += [("streaming", "latents")] if given.streaming else []
+    contenders += [("streaming", "latents"), ("streaming", "tokens")] if given.streaming else []
     runs = [(contender, workers, what) for workers in (1, 2) for contender, what in contenders]
     found: dict[Any, list[dict[str, float]]] = {each: [] for each in runs}
     for _ in range(given.rounds):
@@ -211,7 +218,7 @@ def compare(folder: Path, given: argparse.Namespace) -> None:
             if given.cold:
                 drop_from_page_cache(tars)
             if contender == "streaming":
-                result = run_streaming(given, mds, workers)
+                result = run_streaming(given, mds, workers, what)
             else:
                 make = ours if contender == "ours" else webdataset
                 result = rate(partial(make, infos, workers, what), given.seconds)
