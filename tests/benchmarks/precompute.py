@@ -4,10 +4,10 @@
     python -m tests.benchmarks.precompute --first-stage kl_f8 --pictures 16 --batch 4    # random weights: the real cost
 
 The stage decodes, resizes, encodes and writes real shards on disk; the bare autoencoder encodes the same pictures,
-which are tensors already, in the same batches. Both run once in each round, in turn first, so that a busy machine slows both
-alike; what both made is compared, to the bit. Medians are printed, and the share of the bare autoencoder that the stage
-reaches (goal 0.95, where there is a processor to decode on beside what encodes). Decoding back is timed on its own: the
-stage does it for 8 samples of a shard, which are many of the few here and none to speak of in 10,000.
+which are tensors already, in the same batches. Both run once in each round, in turn first, so that a busy machine
+slows both alike; what both made is compared, to the bit. Medians are printed, and the share of the bare autoencoder
+that the stage reaches (goal 0.95, where there is a processor to decode on beside what encodes). Decoding back is timed
+on its own: the stage does it for 8 samples of a shard, which are many of the few here and next to none of 10,000.
 """
 
 from __future__ import annotations
