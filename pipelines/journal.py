@@ -80,6 +80,14 @@ class Journal:
         """A data set that the run reads, by the digest of its manifest."""
         self._append("dataset", name=name, digest=digest, path=self._place(path), context=context)
 
+    def model(self, name: str, path: str | Path, sha256: str, step: int) -> None:
+        """Weights that lie on disk and stay there: a checkpoint, by the hash of its manifest."""
+        self._append("model", name=name, path=self._place(path), sha256=sha256, step=step)
+
+    def model_removed(self, name: str) -> None:
+        """Weights that were told of are no longer kept."""
+        self._append("model_removed", name=name)
+
     def status(self, status: str, reason: str = "") -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
         self._append("status", status=status, reason=reason)

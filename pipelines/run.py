@@ -293,7 +293,8 @@ def _tracked(dag: Dag, stage: str, tracker: Any) -> Iterator[Any]:
         for read in reads(dag.config, stage):
             status = dag.statuses[read]
             if status.digest:
-                journal.dataset(read, status.digest[:36], status.job.output.path)
+                manifest = "record.json" if STAGES[read].kind == "whole" else "manifest.parquet"
+                journal.dataset(read, status.digest, status.job.output / manifest)
         yield journal
 
 

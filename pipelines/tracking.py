@@ -10,13 +10,8 @@ anew and the journals are sent from their beginning.
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import os
-import posixpath
-import re
 import sys
 import traceback
 import uuid
@@ -27,13 +22,14 @@ from typing import Any
 
 from ldm.storage import is_remote
 from pipelines.journal import RUN, Journal, journal_path, journal_paths, read_entries
+from pipelines.labels import MAX_KEY, safe_name, shorten, to_csv, to_markdown
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
 from pipelines.settings import TrackingConfig
 from pipelines.shipper import AwayError, Shipper, journaled_stages, sent_path
 
 READ_BYTES = 1 << 18  # of one journal at a time: what bounds the memory
 MAX_METRICS, MAX_WORDS = 800, 100  # in one request; MLflow takes 1000 in all, and 100 params or tags
-MAX_PARAM, MAX_TAG, MAX_KEY, MAX_DIGEST = 6000, 8000, 250, 36  # characters that MLflow keeps
+MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters that MLflow keeps
 STOPPED_SECONDS = 5.0  # what a run that a signal ended waits at most for MLflow
 TOKEN = "ldm.run"  # the tag by which a run is found again when its id was not noted
 
@@ -323,6 +319,8 @@ class StageRun:
             "image": self._image,
             "artifact": self._artifact,
             "dataset": self._dataset,
+            "model": self._model,
+            "model_removed": self._model_removed,
             "status": self._status,
         }
         if kind in tell:
@@ -387,6 +385,30 @@ class StageRun:
         data = Dataset(entry["name"], entry["digest"][:MAX_DIGEST], "local", source, profile=profile)
         tag = InputTag("mlflow.data.context", entry["context"])
         self.client.log_inputs(self.id, datasets=[DatasetInput(data, [tag])])
+
+    def _model(self, entry: dict[str, Any]) -> None:
+        """A logged model that names its place and its hash; no weights are copied."""
+        from mlflow.entities import LoggedModelOutput
+
+        if self._models(f"tags.sha256 = '{entry['sha256']}'"):
+            return
+        name, where = safe_name(entry["name"]), str(self.output / entry["path"])
+        params = {"step": str(entry["step"]), "path": where, "sha256": entry["sha256"]}
+        tags = {"sha256": entry["sha256"], "mlflow.model.isExternal": "true"}
+        model = self.client.create_logged_model(self._experiment(), name, self.id, tags, params, "checkpoint")
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, entry["step"])])
+
+    def _model_removed(self, entry: dict[str, Any]) -> None:
+        for model in self._models(f"name = '{safe_name(entry['name'])}'"):
+            self.client.set_logged_model_tags(model.model_id, {"removed": "true"})
+
+    def _models(self, which: str) -> list[Any]:
+        """The logged models of this run that a filter finds."""
+        return self.client.search_logged_models([self._experiment()], f"source_run_id = '{self.id}' AND {which}")
+
+    def _experiment(self) -> str:
+        return self.client.get_run(self.id).info.experiment_id
 
     def _status(self, entry: dict[str, Any]) -> None:
         if entry["status"] == "RUNNING":
@@ -464,34 +486,3 @@ class Batch:
 def refused(error: Exception) -> bool:
     """True when trying again cannot help: MLflow understood the request and does not take it."""
     return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-
-
-def safe_name(name: str, image: bool = False) -> str:
-    """A name that MLflow takes and that leads nowhere else as a path; the key of a picture has no colon."""
-    clean = re.sub(r"[^\w./ -]" if image else r"[^\w./ :-]", "_", name.replace("@", "_at_"), flags=re.ASCII)
-    parts = [part for part in clean.split("/") if part not in ("", ".", "..")]
-    return posixpath.join(*parts)[:MAX_KEY] if parts else ""
-
-
-def shorten(value: str, limit: int) -> str:
-    """A value that MLflow would cut silently, cut with its length and its hash."""
-    if len(value) <= limit:
-        return value
-    mark = f" ... {len(value)} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
-    return value[: limit - len(mark)] + mark
-
-
-def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows as the table that MLflow shows as the description of a run."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(str(value).replace("|", "\\|") for value in line) + " |" for line in lines)
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """Rows as CSV, which MLflow shows as a table; a whole file: telling it twice does not double it."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -43,6 +43,7 @@ from ldm.training.watchdog import Watchdog
 
 Log = Callable[[int, dict[str, float]], None]
 LogGrid = Callable[[int, bytes, str], None]
+LogCheckpoint = Callable[[Path, list[str]], None]
 Decode = Callable[[Tensor], Tensor]
 
 log_line = logging.getLogger(__name__)
@@ -58,12 +59,14 @@ def train(
     log: Log,
     log_grid: LogGrid,
     should_stop: Callable[[], bool],
+    log_checkpoint: LogCheckpoint = lambda kept, removed: None,
     peak_flops: float | None = None,
 ) -> int:
     """Trains up to `max_steps` or until `should_stop`; returns the step of the last checkpoint, in `output`.
 
-    `decode` (scaled z0 -> image in [-1, 1]), `log` and `log_grid` are called in the first process only, `should_stop`
-    in all of them after every step: one that says so stops all. With `peak_flops`, what one device can do in a second,
+    `decode` (scaled z0 -> image in [-1, 1]), `log`, `log_grid` and `log_checkpoint` (the folder of one, the names of
+    those removed for it) are called in the first process only, `should_stop` in all of them after every step: one that
+    says so stops all. With `peak_flops`, what one device can do in a second,
     the log also says what share of it is reached.
     """
     training, diffusion = settings.training, settings.diffusion
@@ -137,7 +140,7 @@ def train(
                     log_grid(step, png, "samples")
             if step > saved and (step % run.checkpoint_every_steps == 0 or done):
                 weights = engine.gather(ema.stretches)
-                checkpoint.save(
+                kept = checkpoint.save(
                     output,
                     step,
                     stretches=engine.states(),
@@ -153,7 +156,7 @@ def train(
                     },
                 )
                 if first:
-                    checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps)
+                    log_checkpoint(kept, checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps))
                 saved = step
             shown = step  # a batch that is left out comes by here without a step
             if done:

@@ -195,6 +195,7 @@ def work(arguments: dict[str, Any]) -> None:
         decode=decoder(job),
         log=lambda step, values: journal.metrics(values, step=step),
         log_grid=log_grid,
+        log_checkpoint=lambda kept, removed: journal_checkpoints(journal, kept, removed),
         should_stop=lambda: (job.output / STOP).exists(),
         peak_flops=gpu and gpu.peak_flops,
     )  # fmt: skip
@@ -211,6 +212,14 @@ def decoder(job: Job) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = load_autoencoder(settings, device)
     return lambda z0: autoencoder.decode(z0.to(device) / settings.scale_factor).clamp(-1, 1)
+
+
+def journal_checkpoints(journal: Journal, kept: Path, removed: list[str]) -> None:
+    """Tells of a checkpoint by its manifest's hash, which COMMITTED holds, and of those that had to go for it."""
+    run, step = kept.parent.parent.name, int(kept.name.removeprefix("step-"))
+    journal.model(f"{run}-{kept.name}", kept, (kept / "COMMITTED").read_text(), step)
+    for name in removed:
+        journal.model_removed(f"{run}-{name}")
 
 
 def rank_journal(job: Job) -> Journal:

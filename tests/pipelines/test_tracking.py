@@ -17,9 +17,10 @@ from PIL import Image
 
 from pipelines import tracking
 from pipelines.journal import Journal, flatten, journal_path, read_entries, read_images, read_metrics
+from pipelines.labels import safe_name, shorten, to_csv
 from pipelines.settings import TrackingConfig
 from pipelines.shipper import AwayError, Shipper, sent_path, unsent_bytes
-from pipelines.tracking import Tracker, database_uri, safe_name, shorten, sync, to_csv
+from pipelines.tracking import Tracker, database_uri, sync
 
 
 def settings(uri: str | None = None, enabled: bool = True, flush: float = 60.0) -> TrackingConfig:
@@ -206,6 +207,26 @@ def test_steps_are_shown_again_after_going_back_on_purpose(tmp_path: Path, datab
     assert sorted(points(database, run, "loss")) == [(1, 1.0), (2, 2.0), (2, 9.0)]
 
 
+def test_checkpoints_are_logged_models_once_and_those_removed_are_marked(tmp_path: Path, database: str) -> None:
+    output = tmp_path / "demo"
+    with Tracker.open(settings(database), output) as tracker, tracker.stage("train") as run:
+        run.metrics({"loss": 1.0}, 20)
+        for step in (10, 20):
+            run.model(f"demo-step-{step}", output / f"train/step-{step}", f"{step:064}", step)
+        run.model_removed("demo-step-10")
+    for sent in output.glob("journal/*/*.sent.json"):
+        sent.unlink()
+    sync(settings(database), output)  # everything is told twice
+    train = runs_of(database, output)["train"]
+    found = client(database).search_logged_models([train.info.experiment_id], f"source_run_id = '{train.info.run_id}'")
+    kept = {model.name: model for model in found}
+    assert sorted(kept) == ["demo-step-10", "demo-step-20"] and len(found) == 2
+    last = kept["demo-step-20"]
+    assert last.params == {"step": "20", "path": str(output / "train/step-20"), "sha256": f"{20:064}"}
+    assert last.status == "READY" and "removed" not in last.tags and kept["demo-step-10"].tags["removed"] == "true"
+    assert sorted(out.step for out in train.outputs.model_outputs) == [10, 20]
+
+
 def test_what_mlflow_refuses_does_not_block_the_rest(
     tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +259,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipelines import tracking
+from pipelines.labels import safe_name, shorten, to_csv
 from pipelines.settings import TrackingConfig
 
 tracking.prepare_environment()
