@@ -107,10 +107,30 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def to_stored(keys: list[str], encoded: Tensor) -> Tensor:
+class Stored:
+    """What was encoded, as fp16 on its way to the processor, behind nothing that the device is asked for later."""
+
+    def __init__(self, encoded: Tensor) -> None:
+        self._half = _to_host(encoded.to(torch.float16))
+        self._largest = _to_host(encoded.abs().flatten(1).amax(1))
+        self._arrived = torch.cuda.current_stream(encoded.device).record_event() if encoded.is_cuda else None
+
+    def wait(self) -> tuple[Tensor, list[float]]:
+        """(what is stored, the largest size among the numbers of each sample)"""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._half, self._largest.tolist()
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory that is under way; of what is on the processor already, itself."""
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
+
+
+def to_stored(keys: list[str], encoded: Tensor | Stored) -> Tensor:
     """What was encoded as fp16 on the processor. Raises ValueError naming the first sample that fp16 cannot hold."""
-    largest = encoded.abs().flatten(1).amax(1).cpu()
-    for key, value in zip(keys, largest.tolist(), strict=True):
+    stored, largest = (Stored(encoded) if isinstance(encoded, Tensor) else encoded).wait()
+    for key, value in zip(keys, largest, strict=True):
         if not value <= LARGEST:  # also where it is not a number
             overflow = value == value and value != float("inf")
             found = f"a number of size {value:.4g}" if overflow else "numbers that are not finite"
@@ -119,4 +139,4 @@ def to_stored(keys: list[str], encoded: Tensor) -> Tensor:
                 f"sample {key}: its latent has {found}, expected at most {LARGEST:.0f}, which fp16 holds; {way} "
                 f"(dataset.precompute_latents.precision)"
             )
-    return encoded.to(torch.float16).cpu()
+    return stored

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ldm.buckets import bucket_shapes, fit, nearest_shape
 from ldm.config import AutoencoderSettings
-from ldm.encode import Encoder, TooLarge, to_stored
+from ldm.encode import Encoder, Stored, TooLarge, to_stored
 from ldm.images import decode_rgb, to_tensor
 from ldm.shards import ShardWriter, encode_array, iterate_tar
 from pipelines.dag import Job, weights_path
@@ -155,13 +155,13 @@ class Worker:
         (place / folder).mkdir(parents=True)
         return ShardWriter(place / folder / f"{shard_name(shard)}.tar", place / folder / f"{shard_name(shard)}.index")
 
-    def _encoded(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+    def _encoded(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Stored, Stored | None]]:
         """Groups with what was encoded of them, the next one under way on the device while one is written."""
         before = None
         for group in groups:
-            encoded = self.encoder.encode(group.image)
+            encoded = Stored(self.encoder.encode(group.image))
             # Mirrored latents would be wrong: an encoder does not commute with mirrors.
-            flipped = self.encoder.encode(group.image.flip(-1)) if self.settings.flip else None
+            flipped = Stored(self.encoder.encode(group.image.flip(-1))) if self.settings.flip else None
             if before is not None:
                 yield before
             before = group, encoded, flipped
@@ -169,7 +169,7 @@ class Worker:
             yield before
 
     def _write(
-        self, writer: ShardWriter, group: Group, encoded: Tensor, flipped: Tensor | None, measured: Measured
+        self, writer: ShardWriter, group: Group, encoded: Stored, flipped: Stored | None, measured: Measured
     ) -> None:
         stored = to_stored(group.keys, encoded)
         mirrored = None if flipped is None else to_stored(group.keys, flipped)
