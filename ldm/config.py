@@ -271,6 +271,7 @@ class TrainingRunConfig:
     checkpoint_every_steps: int
     keep_checkpoints: int  # newest ones that stay
     keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none
+    keep_best: bool  # the checkpoint with the lowest validation loss stays too
     hang_seconds: float | None  # a step, save or grid that takes longer ends the process, with stacks; null: never
     deepspeed: dict[str, object]  # further keys of DeepSpeed's configuration, passed through
 

@@ -134,13 +134,15 @@ def _commit(final: Path, sha256: str) -> None:
     crash_point("checkpoint_after_committed")
 
 
-def retain(home: Path, keep: int, every: int | None) -> list[str]:
-    """Removes committed checkpoints but for the newest `keep` and those at multiples of `every`; returns their names.
+def retain(home: Path, keep: int, every: int | None, best: bool = False) -> list[str]:
+    """Removes committed checkpoints but for the newest `keep`, those at multiples of `every`, and with `best` the one
+    with the lowest validation loss; returns their names.
 
     The first process calls it.
     """
     found = [path for path in _steps(home) if (path / "COMMITTED").exists()]
-    gone = [path for path in found[keep:] if every is None or _step(path) % every]
+    stays = _best(found) if best else None
+    gone = [path for path in found[keep:] if path != stays and (every is None or _step(path) % every)]
     for path in gone:
         # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
         aside = path.with_name(f"{path.name}.tmp-removed")
@@ -148,6 +150,13 @@ def retain(home: Path, keep: int, every: int | None) -> list[str]:
         crash_point("checkpoint_in_removal")
         shutil.rmtree(aside)
     return [path.name for path in gone]
+
+
+def _best(paths: list[Path]) -> Path | None:
+    """The one with the lowest validation loss, where any was validated."""
+    losses = {path: json.loads((path / "manifest.json").read_bytes()).get("validation_loss") for path in paths}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=lambda path: known[path], default=None)
 
 
 def sweep(home: Path) -> list[str]:

@@ -119,7 +119,7 @@ def train(
     batches = loader.batches(samples_seen)
     flop = costs_of(settings, data.latent_shape).step_flop() if peak_flops is not None and first else None
     meter = Meter(world, flop and flop / (peak_flops * world.world_size))
-    shown, stopping = step, False
+    shown, stopping, validated = step, False, None
 
     with Watchdog(output / "stacks", world.rank, run.hang_seconds) as watchdog:
         while True:
@@ -129,9 +129,9 @@ def train(
             if step > shown and first and (step % training.log_every_steps == 0 or done):
                 log(step, meter.read())
             if due(step, training.validate_every_steps, shown, done) and held_out_loader is not None:
-                value = validation_loss(engine, frozen, held_out_loader, settings, schedule)
+                validated = validation_loss(engine, frozen, held_out_loader, settings, schedule)
                 if first:
-                    log(step, {"validation_loss": value})
+                    log(step, {"validation_loss": validated})
             if training.grid.prompts and due(step, training.grid.every_steps, shown, done):
                 weights = engine.gather(ema.stretches)
                 if weights is not None:
@@ -151,14 +151,16 @@ def train(
                         "skipped_batches": skipped,
                         "history": history,
                         "loss_scale": engine.scaler_state(),
+                        "validation_loss": validated,
                         "world_size": world.world_size,
                         "zero_stage": run.zero_stage,
                     },
                 )
                 if first:
-                    log_checkpoint(kept, checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps))
+                    removed = checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
+                    log_checkpoint(kept, removed)
                 saved = step
-            shown = step  # a batch that is left out comes by here without a step
+            shown, validated = step, None  # a batch that is left out comes by here without a step
             if done:
                 break
 

@@ -274,6 +274,18 @@ def test_the_last_few_and_the_milestones_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(step) for step in (8, 16, 18, 19, 20)]
 
 
+def test_of_twenty_the_last_three_and_the_best_stay(tmp_path: Path) -> None:
+    """Validated at every second step; step 6 is the best, step 20, which also stays, the second best."""
+    losses = {step: None if step % 2 else {6: 0.1, 20: 0.2}.get(step, 1 / step + 0.5) for step in range(1, 21)}
+    for best in (True, False):
+        home = tmp_path / str(best)
+        for step, loss in losses.items():
+            save(home, step, stretches=stretches(step), ema={}, config={}, facts={"validation_loss": loss})
+            retain(home, 3, None, best)
+        kept = [18, 19, 20]
+        assert sorted(path.name for path in home.iterdir()) == [step_name(n) for n in ([6] if best else []) + kept]
+
+
 def test_differences_are_named_with_both_values() -> None:
     there: dict[str, Any] = {"unet": {"model_channels": 64, "mult": [1, 2]}, "seed": 0}
     now: dict[str, Any] = {"unet": {"model_channels": 32, "mult": [1, 2]}, "seed": 0, "new": 1}
