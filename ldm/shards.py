@@ -23,7 +23,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -159,13 +161,17 @@ def sample_members(data: bytes, key: str, tar: str) -> Iterator[tuple[str, bytes
     at = 0
     while at + BLOCK <= len(data):
         header = data[at : at + BLOCK]
-        name = header[:100].rstrip(b"\0").decode()
-        size = int(header[124:135], 8)
-        match = MEMBER.match(name)
-        if header[156:157] not in (b"0", b"\0") or match is None or match["key"] != key:
+        name, size = header[:100].rstrip(b"\0").decode(), int(header[124:135], 8)
+        found, _, field = name.partition(".")
+        if header[156:157] not in (b"0", b"\0") or found != key or not _is_field(field):
             raise CorruptSample(f"{tar}: member {name!r} does not belong to sample {key}")
-        yield match["field"], data[at + BLOCK : at + BLOCK + size]
+        yield field, data[at + BLOCK : at + BLOCK + size]
         at += BLOCK + -(-size // BLOCK) * BLOCK
+
+
+@lru_cache(maxsize=64)
+def _is_field(field: str) -> bool:
+    return MEMBER.match(f"0.{field}") is not None
 
 
 def encode_array(array: np.ndarray) -> bytes:
@@ -181,14 +187,22 @@ def decode_array(data: bytes) -> np.ndarray:
     np.load reads the header with Python's parser, which threads of Python 3.11 cannot share: now and then a loader's
     worker would die of "AST constructor recursion depth mismatch". This reads the header itself.
     """
-    header = NPY_HEADER.match(data)
-    if header is None:
-        raise ValueError(f"no .npy file of plain numbers; it begins with {data[:128]!r}")
-    shape = tuple(int(n) for n in header["shape"].split(b",") if n.strip())
-    flat = np.frombuffer(data, np.dtype(header["dtype"].decode()), offset=header.end())
+    start = data[: data.find(b"\n") + 1]
+    dtype, shape, order = _npy_header(start)
+    flat = np.frombuffer(data, dtype, offset=len(start))
     if flat.size != math.prod(shape):
         raise ValueError(f"an .npy file of shape {shape} holds {flat.size} numbers")
-    return flat.reshape(shape, order="F" if header["fortran"] == b"True" else "C").copy()
+    return flat.reshape(shape, order=order).copy()
+
+
+@lru_cache(maxsize=64)  # the samples of a cache have few shapes
+def _npy_header(start: bytes) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
+    """(dtype, shape, order) from all that stands before the numbers."""
+    header = NPY_HEADER.fullmatch(start)
+    if header is None:
+        raise ValueError(f"no .npy file of plain numbers; it begins with {start[:128]!r}")
+    shape = tuple(int(n) for n in header["shape"].split(b",") if n.strip())
+    return np.dtype(header["dtype"].decode()), shape, "F" if header["fortran"] == b"True" else "C"
 
 
 def iterate_tar(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
