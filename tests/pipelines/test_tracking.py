@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -358,23 +363,50 @@ def test_a_shipper_that_died_does_not_say_that_all_is_sent(tmp_path: Path) -> No
     assert shipper.close(10.0) > 0 and "died" in shipper.trouble
 
 
-def test_a_server_that_is_away_costs_the_run_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@contextmanager
+def unhelpful_server(kind: str) -> Iterator[str]:
+    """Refuses connections, accepts them and never answers, or answers 500: the address."""
+    released = threading.Event()
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            released.wait(0 if kind == "answers 500" else 60)
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    if kind == "refuses":
+        yield "http://127.0.0.1:9"
+        return
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    released.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["refuses", "hangs", "answers 500"])
+def test_a_server_that_does_not_serve_costs_the_run_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """Nobody listens on port 9: the journal stands, the end of the run waits flush_seconds at most."""
+    """The journal stands, no step waits, and the end of the run waits flush_seconds at most."""
     output = tmp_path / "demo"
-    away = settings("http://127.0.0.1:9", flush=2.0)
-    start = time.monotonic()
-    tracker = Tracker.open(away, output)
-    seconds = []
-    with tracker.stage("train") as run:
-        for step in range(500):
-            begin = time.perf_counter()
-            run.metrics({"loss": 1.0}, step)
-            seconds.append(time.perf_counter() - begin)
-            time.sleep(0.001)  # a step
-    assert tracker.close() > 0
-    assert time.monotonic() - start < 30
+    with unhelpful_server(kind) as uri:
+        start = time.monotonic()
+        tracker = Tracker.open(settings(uri, flush=2.0), output)
+        seconds = []
+        with tracker.stage("train") as run:
+            for step in range(500):
+                begin = time.perf_counter()
+                run.metrics({"loss": 1.0}, step)
+                seconds.append(time.perf_counter() - begin)
+                time.sleep(0.001)  # a step
+        assert tracker.close() > 0
+        assert time.monotonic() - start < 150  # a call that waits for the server blocks for four minutes
     assert sorted(seconds)[494] < 0.05, "99 of 100 steps"
     assert "python -m pipelines.sync name=demo" in capsys.readouterr().err
     assert len(read_metrics(output, "train")["loss"]) == 500
@@ -383,10 +415,6 @@ def test_a_server_that_is_away_costs_the_run_nothing(
 @pytest.mark.slow
 def test_a_server_down_at_the_start_gets_every_point_once(tmp_path: Path) -> None:
     """M1: the server is down, answers 500, comes up, is killed, comes back; then the history is complete."""
-    import http.server
-    import socket
-    import threading
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
