@@ -67,7 +67,8 @@ def test_of_near_duplicates_the_lowest_key_wins_across_shards() -> None:
     assert masks[1].tolist() == [True, True]
 
 
-def test_bands_find_exactly_what_comparing_all_pairs_finds() -> None:
+def test_bands_find_exactly_what_comparing_all_pairs_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.near_duplicates.FEW", 10)
     chance = random.Random(SEED)
     hashes = [chance.getrandbits(64) for _ in range(120)]
     hashes += [value ^ sum(1 << bit for bit in chance.sample(range(64), chance.randrange(12))) for value in hashes]
@@ -89,6 +90,25 @@ def test_candidates_come_in_slices_of_bounded_size(monkeypatch: pytest.MonkeyPat
     whole = near_duplicates(hashes, 3)
     monkeypatch.setattr("pipelines.near_duplicates.PAIRS_AT_ONCE", 1000)
     assert (near_duplicates(hashes, 3) == whole).all() and whole.any() and not whole.all()
+
+
+def test_a_hundred_thousand_pictures_that_look_alike_are_compared_with_one_and_not_with_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chance, alike = np.random.default_rng(SEED), np.zeros(100_000, np.uint64)
+    for _ in range(4):  # all within four bits of one hash, so within eight of each other
+        alike |= np.uint64(1) << chance.integers(0, 64, len(alike)).astype(np.uint64)
+    compared = [0]
+    count = np.bitwise_count
+
+    def counting(difference: np.ndarray) -> np.ndarray:
+        compared[0] += difference.size
+        return count(difference)
+
+    monkeypatch.setattr(np, "bitwise_count", counting)
+    falls = near_duplicates(alike ^ np.uint64(0x0123456789ABCDEF), 8)
+    assert falls.tolist() == [False] + [True] * 99_999
+    assert compared[0] < 100 * len(alike), "all pairs would be 5,000,000,000"
 
 
 def test_of_equal_bytes_the_lowest_key_stays() -> None:
