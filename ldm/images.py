@@ -140,7 +140,7 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
         colour = _apply_profile(colour, profile) or colour.convert("RGB")
         colour.putalpha(picture.getchannel("A"))
         return colour
-    picture = picture.convert("RGB")
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")  # a copy may be 300 MB
     return _apply_profile(picture, profile) or picture
 
 
@@ -171,12 +171,12 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 def _lay_over(picture: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
     """Straight alpha: colour * alpha + background * (1 - alpha), rounded once; some rows at a time, to spare memory."""
-    pixels = np.asarray(picture)
-    if picture.mode == "RGB":
-        return np.ascontiguousarray(pixels)
-    laid = np.empty((*pixels.shape[:2], 3), np.uint8)
-    for top in range(0, len(pixels), ROWS_AT_ONCE):
-        rows = pixels[top : top + ROWS_AT_ONCE]
+    laid = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, ROWS_AT_ONCE):
+        rows = np.asarray(picture.crop((0, top, picture.width, min(top + ROWS_AT_ONCE, picture.height))))
+        if picture.mode == "RGB":
+            laid[top : top + ROWS_AT_ONCE] = rows
+            continue
         alpha = rows[..., 3:].astype(np.float32) / 255
         laid[top : top + ROWS_AT_ONCE] = np.rint(rows[..., :3] * alpha + np.float32(background) * (1 - alpha))
     return laid
