@@ -1,0 +1,92 @@
+"""The data half as commands on a real Ray: one result for any number of workers, with and without crashes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm.storage import sha256_file
+from pipelines.config import CONF
+from pipelines.manifest import StageFolder
+
+ROWS, REST = ["filter_metadata"], ["download", "filter_images", "precompute_latents"]
+ALL = [*ROWS, *REST]
+# The command, which knows the whole DAG and single stages only, for the stages of the data half.
+CODE = "import sys\nfrom pipelines import dag, run\ndag.Dag.wanted = lambda self: {}\nsys.exit(run.main(sys.argv[1:]))"
+
+
+def start(outputs: Path, stages: list[str], *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    small = ["+experiment=smoke", "dataset.filter_metadata.shard_samples=4", "tracking.enabled=false"]
+    command = [sys.executable, "-c", CODE.format(stages), *small, f"paths.outputs={outputs}", *arguments]
+    return subprocess.Popen(command, cwd=CONF.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env={**os.environ, **environment})  # fmt: skip
+
+
+def run(outputs: Path, stages: list[str], *arguments: str) -> None:
+    process = start(outputs, stages, *arguments)
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+
+
+def written(outputs: Path, stages: list[str]) -> dict[str, str]:
+    """The hash of every file of these stages but what inputs do not decide: who ran when, whose lock it was, and what
+    crashed attempts left for the next run to sweep.
+    """
+    files = [path for stage in stages for path in (outputs / "smoke" / stage).rglob("*")
+             if path.is_file() and path.name not in ("run.json", "lock") and ".attempts" not in path.parts]  # fmt: skip
+    return {str(path.relative_to(outputs)): sha256_file(path) for path in files}
+
+
+def committed(outputs: Path) -> int:
+    return sum(len(list((outputs / "smoke" / stage).glob("[0-9]*.json"))) for stage in REST)
+
+
+def check_records(outputs: Path) -> None:
+    """What has a record is there, whole."""
+    for stage in ALL:
+        folder = StageFolder(outputs / "smoke" / stage, stage)
+        for record in folder.committed().values():
+            assert {name: sha256_file(folder / name) for name in record.files} == {
+                name: info["sha256"] for name, info in record.files.items()
+            }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    outputs = tmp_path_factory.mktemp("undisturbed")
+    run(outputs, ALL, "cluster.download.in_flight=1")
+    found = written(outputs, ALL)
+    assert sum(name.endswith(".tar") for name in found) >= 16 and committed(outputs) >= 24
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_writes_the_same_bytes(
+    undisturbed: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    many = [f"cluster.{stage}.in_flight={workers}" for stage in REST]
+    run(tmp_path, ALL, *many, "cluster.num_cpus=8")
+    assert written(tmp_path, ALL) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_workers_that_crash_between_data_and_record_change_no_byte(
+    undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    process = start(tmp_path, ROWS)  # by the driver itself
+    assert process.communicate(timeout=300) and process.returncode == 0
+    for _ in range(4):  # Ray tries a shard four times; the same command goes on from there
+        process = start(tmp_path, REST, LDM_CRASH_AT="before_record:0.2")
+        said, _ = process.communicate(timeout=500)
+        check_records(tmp_path)
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, said
+    assert written(tmp_path, ALL) == undisturbed
