@@ -49,6 +49,7 @@ def make_photographs(folder: Path, scale: int) -> Path:
 
     photos = folder / "photos"
     photos.mkdir()
+    folder.chmod(0o755)  # nginx that root starts reads as nobody
     with tarfile.open(Path(os.environ["LDM_EXTRA_DATA"]) / "cc12m_32.tar") as tar:
         pictures = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore
     for i, data in enumerate(pictures):
@@ -94,6 +95,8 @@ def measure(part: str, folder: Path, address: str, urls: int) -> None:
     made = run(output, address, [f"{i % photographs}.jpg?{i}" for i in range(urls)])
     seconds, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if made < urls:
+        raise RuntimeError(f"{part}: {made} of {urls} photographs arrived; a figure would mean nothing")
     speed = f"{made / cpu:>7.1f} images a core second   {made / seconds:>7.1f} images/s"
     print(f"{part:<12} {made} of {urls}   {speed}", flush=True)
 
