@@ -95,7 +95,7 @@ def test_other_settings_are_refused_with_the_difference_and_the_ways_out(
 ) -> None:
     process = start(finished, override)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Traceback" not in text
+    assert process.returncode == 2 and "Traceback" not in text, text
     assert all(word in text for word in words), text
 
 

@@ -104,7 +104,8 @@ def test_a_killed_worker_is_replaced_and_goes_on_in_the_same_mlflow_run(outputs:
     from mlflow.tracking import MlflowClient
 
     process = start(outputs, "training.max_steps=100000", "cluster.train.run.checkpoint_every_steps=5")
-    wait_for(lambda: step_of(outputs) >= 5, process, outputs)
+    # A kill right after a checkpoint would find no step to do again.
+    wait_for(lambda: step_of(outputs) >= 5 and told(outputs)[-1] % 5 in (2, 3), process, outputs)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
