@@ -1,10 +1,13 @@
-"""The data half as commands on a real Ray: one result for any number of workers, with and without crashes."""
+"""The data half as commands on a real Ray: one result for any number of workers, crashes and kills."""
 
 from __future__ import annotations
 
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,11 @@ from ldm.storage import sha256_file
 from pipelines.config import CONF
 from pipelines.manifest import StageFolder
 
+SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 ROWS, REST = ["filter_metadata"], ["download", "filter_images", "precompute_latents"]
 ALL = [*ROWS, *REST]
+KILLS = 20
+KILLED = ["filter_metadata", "download", "filter_images"]  # tests/test_end_to_end.py kills in every stage, once
 # The command, which knows the whole DAG and single stages only, for the stages of the data half.
 CODE = "import sys\nfrom pipelines import dag, run\ndag.Dag.wanted = lambda self: {}\nsys.exit(run.main(sys.argv[1:]))"
 
@@ -34,7 +40,7 @@ def run(outputs: Path, stages: list[str], *arguments: str) -> None:
 
 def written(outputs: Path, stages: list[str]) -> dict[str, str]:
     """The hash of every file of these stages but what inputs do not decide: who ran when, whose lock it was, and what
-    crashed attempts left for the next run to sweep.
+    a worker that outlives its killed driver for a moment is still making.
     """
     files = [path for stage in stages for path in (outputs / "smoke" / stage).rglob("*")
              if path.is_file() and path.name not in ("run.json", "lock") and ".attempts" not in path.parts]  # fmt: skip
@@ -90,3 +96,41 @@ def test_workers_that_crash_between_data_and_record_change_no_byte(
             break
     assert process.returncode == 0, said
     assert written(tmp_path, ALL) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_twenty_kills_at_random_moments_change_no_byte(undisturbed: dict[str, str], tmp_path: Path) -> None:
+    chance, rounds = random.Random(SEED), 0
+    whole = {name: digest for name, digest in undisturbed.items() if name.split("/")[1] in KILLED}
+    outputs, kills = tmp_path / "0", 0
+    while kills < KILLS:
+        process = start(outputs, KILLED)
+        _wait(process, outputs, chance)
+        ended = process.poll()
+        if ended is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        said, _ = process.communicate()
+        check_records(outputs)
+        print(f"round {rounds}, kill {kills}, exit code {ended}: {committed(outputs)} records", flush=True)
+        assert ended in (None, 0), said
+        if ended == 0 or written(outputs, KILLED).keys() == whole.keys():  # all was made: the next round begins
+            assert written(outputs, KILLED) == whole
+            rounds += 1
+            outputs = tmp_path / str(rounds)
+    run(outputs, KILLED)
+    assert written(outputs, KILLED) == whole
+    left = [path for path in outputs.rglob("*") if path.name.endswith(".tmp") or path.parent.name == ".attempts"]
+    assert left == []
+
+
+def _wait(process: subprocess.Popen[str], outputs: Path, chance: random.Random) -> None:
+    """Waits for a moment by chance: in the first seconds, or soon after so many shards more were committed."""
+    more, later = chance.randrange(4), chance.random()
+    goal, deadline = committed(outputs) + more, time.monotonic() + 120
+    while more and committed(outputs) < goal and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    until = time.monotonic() + later * (0.5 if more else 12)
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
