@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from ldm.storage import StorageError, StoredFile, get_file, place, sha256_file
 
 PART = ".part"
 ATTEMPTS = "attempts"
+POLL_SECONDS = 0.05  # between looks at a part that another fetches
 _last = threading.local()  # .held: what keeps the file that a thread asked for last from being thrown out
 
 
@@ -171,13 +173,30 @@ def _hold(path: Path, size: int) -> int | None:
 
 
 def _own(part: Path) -> int:
-    """Opens a part and waits until nobody else has it. What was renamed or removed meanwhile is no part any more."""
+    """Opens a part and waits until nobody else has it.
+
+    What was renamed or removed meanwhile is no part any more. Its lock is not waited for: those who read the file that
+    it became share that lock, and may do so for hours.
+    """
     while True:
         handle = os.open(part, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if part.exists() and part.stat().st_ino == os.fstat(handle).st_ino:
-            return handle
+        while _is_at(handle, part):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(POLL_SECONDS)
+                continue
+            if _is_at(handle, part):
+                return handle
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return path.stat().st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(path: Path) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,3 +129,22 @@ def test_what_a_process_that_died_had_begun_is_taken_over_and_counts_until_then(
     other.write_bytes(b"")
     with cache.file(b):
         assert not other.exists()
+
+
+def test_who_waits_for_a_fetch_does_not_wait_for_those_who_read_the_file_after_it(s3: S3Server, tmp_path: Path) -> None:
+    stored, cache = put(s3, "waited-for.tar", 60), NodeCache(str(tmp_path), 10**6)
+    path = tmp_path / name_of(stored)
+    part = path.with_name(f"{path.name}.{SIZE}.part")
+    fetching = os.open(part, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(fetching, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cache.fetch, stored)
+        time.sleep(0.3)  # it has opened the part
+        part.write_bytes(bytes([60]) * SIZE)
+        part.rename(path)
+        fcntl.flock(fetching, fcntl.LOCK_SH)  # from the one who fetched to those who read, with no moment between
+        try:
+            assert waiting.result(30) == path
+        finally:
+            os.close(fetching)
+    assert kept(cache) == {path.name} and s3.requests["GET", "waited-for.tar"] == 0
