@@ -20,7 +20,7 @@ MB, SECONDS = 500, 5.0  # that a worker may hold and take, whatever the picture
 
 # A process of its own looks at every file, as a worker does, and prints for each the reason, seconds, most MB so far.
 LOOK = """
-import io, json, resource, sys, time
+import io, json, sys, time
 from pathlib import Path
 from pipelines.config import compose
 from pipelines.stages.download import PixelResizer
@@ -28,7 +28,8 @@ resize = PixelResizer(compose(["dataset=cc12m"]).dataset.download)
 for path in sorted(Path(sys.argv[1]).iterdir()):
     begun = time.process_time()
     reason = resize(io.BytesIO(path.read_bytes()))[-1]
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss: a child begins with the one of the process that started it.
+    most = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
     print(json.dumps([path.name, reason, time.process_time() - begun, most]))
 """
 
