@@ -356,7 +356,9 @@ class StageFolder:
         if not path.exists():
             return None
         try:
-            table = pq.read_table(pa.BufferReader(read(path)))
+            # In this thread alone: Arrow's threads may drop the last hold of a Python buffer while the interpreter
+            # ends, and that aborts the process ("terminate called without an active exception").
+            table = pq.ParquetFile(pa.BufferReader(read(path))).read(use_threads=False)
             metadata = json.loads(table.schema.metadata[b"ldm"])
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest ({error}); remove it and run the stage again") from error
