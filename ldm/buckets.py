@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
 
-from ldm.images import resize_and_crop
+from ldm.images import resize, resize_and_crop
 
 Shape = tuple[int, int]  # height, width in pixels
 
@@ -42,7 +41,6 @@ def fit(rgb: np.ndarray, shape: Shape) -> np.ndarray:
         return resize_and_crop(rgb, height)
     scale = max(height / rgb.shape[0], width / rgb.shape[1])
     size = (max(width, round(rgb.shape[1] * scale)), max(height, round(rgb.shape[0] * scale)))
-    if size != (rgb.shape[1], rgb.shape[0]):
-        rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+    rgb = resize(rgb, size)
     top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
     return np.ascontiguousarray(rgb[top : top + height, left : left + width])

@@ -64,14 +64,14 @@ STAGES = {
     "filter_metadata": Stage(
         "table", (), ("dataset.source", "dataset.sample_web", "dataset.filter_metadata")),
     "download": Stage(
-        "shards", ("filter_metadata",), ("dataset.download",), version=2),
+        "shards", ("filter_metadata",), ("dataset.download",), version=3),
     "filter_images": Stage(
         "shards", ("download",), ("dataset.filter_images",), version=2),
     "train_autoencoder": Stage(
-        "whole", ("download", "filter_images"), ("autoencoder.network", "autoencoder_training")),
+        "whole", ("download", "filter_images"), ("autoencoder.network", "autoencoder_training"), version=2),
     "precompute_latents": Stage(
         "shards", ("download", "filter_images"),
-        ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights")),
+        ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights"), version=2),
     "train": Stage(
         "whole", ("filter_metadata", "filter_images", "precompute_latents"),
         ("dataset.selection", "dataset.mixture", "autoencoder", "text_encoder", "unet", "diffusion", "training"),

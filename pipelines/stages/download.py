@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from ldm.images import ImageError, decode_for, encode_jpeg, encode_png, resize_shorter
+from ldm.images import ImageError, decode_small, encode_jpeg, encode_png
 from ldm.shards import iterate_tar
 from pipelines.budgets import Ask, HostBudgets
 from pipelines.dag import Job
@@ -146,10 +146,11 @@ class PixelResizer:
 
     def _resized(self, stream: io.BytesIO) -> tuple[Any, ...]:
         try:
-            rgb, original = decode_for(stream.getvalue(), self.settings.image_size, max_pixels=self.settings.max_pixels)
+            small, original = decode_small(
+                stream.getvalue(), self.settings.image_size, max_pixels=self.settings.max_pixels
+            )
         except ImageError as error:
             return None, None, None, None, None, error.reason
-        small = resize_shorter(rgb, self.settings.image_size)
         (height, width), (original_height, original_width) = small.shape[:2], original
         return self.encode(small, self.settings.encode_quality), width, height, original_width, original_height, None
 

@@ -18,8 +18,9 @@ from ldm.images import (
     EXIF_ORIENTATION,
     UPRIGHT,
     ImageError,
-    decode_for,
     decode_rgb,
+    decode_small,
+    decoded_part,
     encode_jpeg,
     encode_png,
     image_grid,
@@ -206,6 +207,12 @@ def test_a_colour_profile_is_converted_to_srgb_and_a_senseless_one_is_left_out()
     assert swapped[0, 0, 1] > 200 and swapped[0, 0, 0] < 60, "a profile whose red is green"
 
 
+def test_a_profile_that_says_srgb_costs_nothing_and_changes_nothing() -> None:
+    pixels = photograph(64, 64)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(decode_rgb(save(Image.fromarray(pixels), icc_profile=srgb)), pixels)
+
+
 def test_a_profile_leaves_alpha_alone() -> None:
     pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0]]], np.uint8)
     out = decode_rgb(save(Image.fromarray(pixels), icc_profile=_green_is_red()), background=(1, 2, 3))
@@ -359,25 +366,36 @@ def photograph(height: int, width: int) -> np.ndarray:
     return np.uint8(127.5 + 60 * np.stack(waves, -1))
 
 
-@pytest.mark.parametrize("height, width, decoded", [
-    (800, 1200, (400, 600)), (3200, 4000, (400, 500)), (1650, 1600, (413, 400)), (420, 3000, (420, 3000)),
-    (767, 767, (767, 767)), (768, 768, (384, 384)),
+@pytest.mark.parametrize("height, width, part", [
+    (800, 1200, 2), (3200, 4000, 8), (1650, 1600, 4), (420, 3000, 1), (767, 767, 1), (768, 768, 2),
 ])  # fmt: skip
-def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same_when_it_is_made_small(
-    height: int, width: int, decoded: tuple[int, int]
+def test_a_large_jpeg_is_decoded_in_part_and_looks_the_same_when_it_is_made_small(
+    height: int, width: int, part: int
 ) -> None:
+    assert decoded_part(width, height, 256) == part
     data = encode_jpeg(photograph(height, width), 95)
-    rgb, size = decode_for(data, 256)
-    assert size == (height, width) and rgb.shape[:2] == decoded
-    exact, near = resize_shorter(decode_rgb(data), 256).astype(int), resize_shorter(rgb, 256).astype(int)
-    assert near.shape == exact.shape and np.abs(near - exact).mean() < 1.0
+    near, size = decode_small(data, 256)
+    exact = resize_shorter(decode_rgb(data), 256)
+    assert size == (height, width)
+    assert near.shape == exact.shape and np.abs(near.astype(int) - exact).mean() < 1.0
 
 
 def test_other_formats_are_decoded_whole_and_the_size_is_that_of_the_upright_picture() -> None:
     rgb = photograph(600, 1200)
-    assert np.array_equal(decode_for(encode_png(rgb), 100)[0], rgb)
+    assert np.array_equal(decode_small(encode_png(rgb), 100)[0], resize_shorter(rgb, 100))
+    assert np.array_equal(decode_small(encode_png(rgb), 700)[0], rgb)
     turned, note = io.BytesIO(), Image.Exif()
     note[0x0112] = 6
     Image.fromarray(rgb).save(turned, "JPEG", exif=note)
-    small, size = decode_for(turned.getvalue(), 100)
-    assert size == (1200, 600) and small.shape[:2] == (300, 150)
+    small, size = decode_small(turned.getvalue(), 100)
+    assert size == (1200, 600) and small.shape[:2] == (200, 100)
+
+
+def test_a_see_through_picture_is_laid_over_the_background_before_it_is_made_small() -> None:
+    """The other order would mix colours that nobody sees into the rim."""
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[:, 20:] = (200, 10, 10, 255)
+    rgba[:, :20, 1] = 255  # green, and wholly transparent
+    small, _ = decode_small(save(Image.fromarray(rgba)), 7)
+    assert np.array_equal(small, resize_shorter(decode_rgb(save(Image.fromarray(rgba))), 7))
+    assert (small[..., 1].astype(int) - small[..., 2]).max() <= 1

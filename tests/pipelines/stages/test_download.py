@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm.images import decode_rgb, encode_png
+from ldm.images import decode_rgb, encode_png, resize_shorter
 from pipelines.config import CONF, DatasetConfig, compose
 from pipelines.dag import Dag, Job, connected
 from pipelines.manifest import Record, StageFolder
@@ -299,7 +299,11 @@ def test_a_canary_that_comes_back_changed_stops_the_worker(
     for size in (64, 160, 159, 512):
         download.check_canary(replace(DATASET.download, image_size=size, retries=77))
     whole = (720, 480)
-    monkeypatch.setattr(download, "decode_for", lambda data, size, **_: (spoil(decode_rgb(data)).copy(), whole))
+
+    def decode(data: bytes, size: int, **_: object) -> tuple[np.ndarray, tuple[int, int]]:
+        return resize_shorter(spoil(decode_rgb(data)).copy(), size), whole
+
+    monkeypatch.setattr(download, "decode_small", decode)
     with pytest.raises(download.CanaryError, match="Pillow .* pip install -c infra/constraints.txt"):
         download.check_canary(replace(DATASET.download, retries=78))
 
