@@ -1,46 +1,126 @@
 """Our download against plain img2dataset, on the same photographs from the same server on loopback.
 
     LDM_EXTRA_DATA=FOLDER python -m tests.benchmarks.download            FOLDER holds cc12m_32.tar
-    ... urls=400 scale=1,3                                               so many URLs, of photographs so much larger
+    ... urls=400 scale=1,3 rounds=5            URLs for each process, photographs so much larger, repeats
 
 Both fetch, decode, make the shorter side 256 pixels, encode JPEG and write a tar; budgets for hosts and robots.txt are
-off on both sides, and our fetcher keeps its checks: addresses, deadline, byte cap, opt-out headers. Each runs in a
-process of its own, whose processor time is what counts; the server (nginx where there is one) runs beside it.
+off on both sides, and our fetcher keeps its checks: addresses, deadline, byte cap, opt-out headers. One process of
+each, then two at once, take turns in every round; the server (nginx where there is one) runs beside them. Before
+anything is timed their pictures are compared: the same sizes but for a pixel of rounding, and nearly the same colours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 SIDE, THREADS = 256, 32
+TOLERANCE = 6.0  # of 255: two resampling filters differ by up to 4.8 in fine detail, another picture by 30 and more
+PARTS = ("img2dataset", "ours")
 
 
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     if "part" in given:
-        measure(given["part"], Path(given["folder"]), given["address"], int(given["urls"]))
+        serve_orders(given["part"], Path(given["folder"]), given["address"])
         return
+    urls, rounds = int(given.get("urls", 400)), int(given.get("rounds", 5))
     for scale in given.get("scale", "1,3").split(","):
-        with tempfile.TemporaryDirectory() as name, serving(make_photographs(Path(name), int(scale))) as address:
-            for part in ("img2dataset", "ours", "img2dataset", "ours"):
-                arguments = [f"part={part}", f"folder={name}", f"address={address}", f"urls={given.get('urls', 400)}"]
-                print(f"x{scale}  ", end="", flush=True)
-                subprocess.run([sys.executable, "-m", "tests.benchmarks.download", *arguments], check=True)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            address = stack.enter_context(serving(make_photographs(folder, int(scale))))
+            workers = {part: [stack.enter_context(Worker(part, folder, address)) for _ in range(2)] for part in PARTS}
+            check_same_pictures(*(in_step(workers[part], 32)[0]["tar"] for part in PARTS))
+            for processes in (1, 2):
+                compare(f"x{scale}, {processes} processes", workers, processes, urls, rounds)
+
+
+class Worker:
+    """A process that runs one of the two again and again, as it is told."""
+
+    def __init__(self, part: str, folder: Path, address: str) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.download", f"part={part}", f"folder={folder}",
+                   f"address={address}"]  # fmt: skip
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def order(self, urls: int) -> None:
+        self.process.stdin.write(f"{urls}\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> dict[str, float | str]:
+        """{cpu, wall, tar}: seconds of processor time and of wall clock, and the tar that was written."""
+        return json.loads(self.process.stdout.readline())
+
+
+def in_step(workers: list[Worker], urls: int) -> list[dict]:
+    """What several processes take that work at the same time."""
+    for worker in workers:
+        worker.order(urls)
+    return [worker.answer() for worker in workers]
+
+
+def compare(title: str, workers: dict[str, list[Worker]], processes: int, urls: int, rounds: int) -> None:
+    speeds: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
+    for _ in range(rounds):
+        for part in PARTS:
+            took = in_step(workers[part][:processes], urls)
+            images = urls * processes
+            cpu, wall = sum(each["cpu"] for each in took), max(each["wall"] for each in took)
+            speeds[part].append((images / cpu, images / wall))
+    print(f"{title}: median (slowest to fastest) of {rounds}")
+    for part in PARTS:
+        core, clock = ([each[i] for each in speeds[part]] for i in (0, 1))
+        print(f"  {part:<12} {_spread(core)} images a core second   {_spread(clock)} images/s")
+    ratios = [ours[0] / theirs[0] for ours, theirs in zip(speeds["ours"], speeds["img2dataset"], strict=True)]
+    print(f"  ours over img2dataset by core second, round by round: {_spread(ratios, 2)}", flush=True)
+
+
+def _spread(figures: list[float], digits: int = 1) -> str:
+    return f"{statistics.median(figures):.{digits}f} ({min(figures):.{digits}f} to {max(figures):.{digits}f})"
+
+
+def check_same_pictures(theirs: str, ours: str) -> None:
+    """Raises RuntimeError when the two tars do not hold the same pictures."""
+    expected, found = pictures_of(theirs), pictures_of(ours)
+    if len(expected) != len(found):
+        raise RuntimeError(f"img2dataset wrote {len(expected)} pictures, ours {len(found)}")
+    for one, other in zip(expected, found, strict=True):
+        height, width = np.minimum(one.shape, other.shape)[:2]
+        difference = float(np.abs(one[:height, :width] - other[:height, :width]).mean())
+        if np.abs(np.subtract(one.shape, other.shape)).max() > 1 or difference > TOLERANCE:
+            raise RuntimeError(f"pictures differ: {one.shape} and {other.shape}, and by {difference:.1f} of 255")
+
+
+def pictures_of(path: str) -> list[np.ndarray]:
+    from PIL import Image
+
+    with tarfile.open(path) as tar:
+        members = sorted((member for member in tar if member.name.endswith(".jpg")), key=lambda member: member.name)
+        return [np.asarray(Image.open(tar.extractfile(member)).convert("RGB"), np.float32) for member in members]
 
 
 def make_photographs(folder: Path, scale: int) -> Path:
@@ -84,21 +164,21 @@ def serving(photos: Path) -> Iterator[str]:
         server.wait()
 
 
-def measure(part: str, folder: Path, address: str, urls: int) -> None:
-    """Runs one of the two over `urls` URLs and prints images for each second of one core."""
-    output = folder / f"{part}-{time.monotonic_ns()}"
-    output.mkdir()
+def serve_orders(part: str, folder: Path, address: str) -> None:
+    """Fetches as many photographs as each line of stdin says, and prints what that took."""
     photographs = len(list((folder / "photos").iterdir()))
     run = {"img2dataset": by_img2dataset, "ours": by_ours}[part]
-    run(output, address, [f"{i % photographs}.jpg" for i in range(40)])  # warm: imports, canary, connections
-    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
-    made = run(output, address, [f"{i % photographs}.jpg?{i}" for i in range(urls)])
-    seconds, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    if made < urls:
-        raise RuntimeError(f"{part}: {made} of {urls} photographs arrived; a figure would mean nothing")
-    speed = f"{made / cpu:>7.1f} images a core second   {made / seconds:>7.1f} images/s"
-    print(f"{part:<12} {made} of {urls}   {speed}", flush=True)
+    for line in sys.stdin:
+        urls, output = int(line), folder / f"{part}-{os.getpid()}-{time.monotonic_ns()}"
+        output.mkdir()
+        begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+        made = run(output, address, [f"{i % photographs}.jpg?{i}" for i in range(urls)])
+        seconds, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF)
+        if made < urls:
+            raise RuntimeError(f"{part}: {made} of {urls} photographs arrived; a figure would mean nothing")
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        tar = next(str(path) for path in output.glob("*.tar"))
+        print(json.dumps({"cpu": cpu, "wall": seconds, "tar": tar}), flush=True)
 
 
 def by_img2dataset(output: Path, address: str, names: list[str]) -> int:
