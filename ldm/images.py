@@ -8,6 +8,7 @@ that need it, so that a downloader does not wait for it.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,10 @@ BROKEN = (
 ROWS_AT_ONCE = 256
 FILTER = Image.Resampling.BICUBIC  # its support grows with the reduction, so that fine patterns do not alias
 SRGB_LEVELS = 2  # of 255, by which a profile that is sRGB under another name moves a colour at most
+
+START_OF_SCAN = 0xDA
+SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker that is neither a stuffed byte nor a restart
+NOTES = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15 and COM; APP0 and APP14 say how colours are meant
 
 # What undoes each EXIF orientation; 1 is upright, anything else is no orientation.
 UPRIGHT = {
@@ -65,10 +70,11 @@ def decode_rgb(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pix
 
 def decode_small(
     data: bytes, shorter: int, *, background: tuple[int, int, int] = WHITE, max_pixels: int = 89_000_000
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """(pixels, height and width of the whole picture): decode_rgb and resize_shorter for a fraction of the time.
+) -> tuple[np.ndarray, tuple[int, int], bool]:
+    """(pixels, height and width of the whole picture, whether the bytes are a JPEG that says just these pixels).
 
-    A JPEG that is much larger is decoded at a half, a quarter or an eighth of its size, which its format allows.
+    Like decode_rgb and resize_shorter for a fraction of the time: a JPEG that is much larger is decoded at a half, a
+    quarter or an eighth of its size, which its format allows.
     """
     return _decode(data, background, max_pixels, shorter)
 
@@ -80,7 +86,7 @@ def decoded_part(width: int, height: int, shorter: int) -> int:
 
 def _decode(
     data: bytes, background: tuple[int, int, int], max_pixels: int, shorter: int | None
-) -> tuple[np.ndarray, tuple[int, int]]:
+) -> tuple[np.ndarray, tuple[int, int], bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that we check ourselves
@@ -95,7 +101,9 @@ def _decode(
                 orientation = _orientation(picture)
                 upright = picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
                 size = (width, height) if orientation in SIDES_EXCHANGED else (height, width)
-                return _pixels(_to_srgb(upright), background, shorter), size
+                final = _to_srgb(upright)
+                as_it_came = picture.format == "JPEG" and final is picture and min(size) <= (shorter or 0)
+                return _pixels(final, background, shorter), size, as_it_came
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -260,6 +268,25 @@ def encode_png(rgb: np.ndarray) -> bytes:
 def encode_jpeg(rgb: np.ndarray, quality: int) -> bytes:
     """(h, w, 3) uint8 as JPEG with full colour resolution: thin coloured lines are what drawings are made of."""
     return _encode(rgb, format="JPEG", quality=quality, subsampling=0)
+
+
+def without_notes(jpeg: bytes) -> bytes:
+    """The same JPEG without EXIF, profiles, comments and whatever follows its end.
+
+    Raises ValueError where its markers do not follow each other as they should (ITU-T T.81, annex B).
+    """
+    parts, at = [jpeg[:2]], 2
+    while (marker := jpeg[at : at + 2]) != b"\xff\xd9":
+        if len(marker) < 2 or marker[0] != 0xFF:
+            raise ValueError(f"found {marker!r} at byte {at} of {len(jpeg)}, expected a marker of JPEG")
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if marker[1] == START_OF_SCAN:
+            found = SCAN_END.search(jpeg, end)
+            end = found.start() if found else len(jpeg)
+        if marker[1] not in NOTES:
+            parts.append(jpeg[at:end])
+        at = end
+    return b"".join([*parts, marker])
 
 
 def _encode(rgb: np.ndarray, **options: object) -> bytes:

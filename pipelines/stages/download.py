@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from ldm.images import ImageError, decode_small, encode_jpeg, encode_png
+from ldm.images import ImageError, decode_small, encode_jpeg, encode_png, without_notes
 from ldm.shards import iterate_tar
 from pipelines.budgets import Ask, HostBudgets
 from pipelines.dag import Job
@@ -129,7 +129,10 @@ class SortedWriter:
 
 
 class PixelResizer:
-    """img2dataset's resizer seam: decodes with ldm.images, makes large pictures smaller, stores JPEG or PNG."""
+    """img2dataset's resizer seam: decodes with ldm.images, makes large pictures smaller, stores JPEG or PNG.
+
+    A JPEG that may stay as it is keeps its bytes, without the notes in them.
+    """
 
     def __init__(self, settings: DownloadConfig, arrivals: Arrivals | None = None) -> None:
         if settings.encode_format not in ENCODERS:
@@ -146,13 +149,20 @@ class PixelResizer:
 
     def _resized(self, stream: io.BytesIO) -> tuple[Any, ...]:
         try:
-            small, original = decode_small(
+            small, original, as_it_came = decode_small(
                 stream.getvalue(), self.settings.image_size, max_pixels=self.settings.max_pixels
             )
         except ImageError as error:
             return None, None, None, None, None, error.reason
         (height, width), (original_height, original_width) = small.shape[:2], original
-        return self.encode(small, self.settings.encode_quality), width, height, original_width, original_height, None
+        data = self._stored(small, stream.getvalue() if as_it_came else None)
+        return data, width, height, original_width, original_height, None
+
+    def _stored(self, rgb: np.ndarray, jpeg: bytes | None) -> bytes:
+        if jpeg is not None and self.settings.encode_format == "jpg":  # to encode it anew would only lose quality
+            with contextlib.suppress(ValueError):  # Pillow bears markers that the standard does not allow
+                return without_notes(jpeg)
+        return self.encode(rgb, self.settings.encode_quality)
 
 
 @cache

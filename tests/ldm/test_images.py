@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from ldm.images import (
     resize_shorter,
     to_rgb,
     to_tensor,
+    without_notes,
 )
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
@@ -374,9 +376,9 @@ def test_a_large_jpeg_is_decoded_in_part_and_looks_the_same_when_it_is_made_smal
 ) -> None:
     assert decoded_part(width, height, 256) == part
     data = encode_jpeg(photograph(height, width), 95)
-    near, size = decode_small(data, 256)
+    near, size, as_it_came = decode_small(data, 256)
     exact = resize_shorter(decode_rgb(data), 256)
-    assert size == (height, width)
+    assert size == (height, width) and not as_it_came
     assert near.shape == exact.shape and np.abs(near.astype(int) - exact).mean() < 1.0
 
 
@@ -387,7 +389,7 @@ def test_other_formats_are_decoded_whole_and_the_size_is_that_of_the_upright_pic
     turned, note = io.BytesIO(), Image.Exif()
     note[0x0112] = 6
     Image.fromarray(rgb).save(turned, "JPEG", exif=note)
-    small, size = decode_small(turned.getvalue(), 100)
+    small, size, _ = decode_small(turned.getvalue(), 100)
     assert size == (1200, 600) and small.shape[:2] == (200, 100)
 
 
@@ -396,6 +398,35 @@ def test_a_see_through_picture_is_laid_over_the_background_before_it_is_made_sma
     rgba = np.zeros((40, 40, 4), np.uint8)
     rgba[:, 20:] = (200, 10, 10, 255)
     rgba[:, :20, 1] = 255  # green, and wholly transparent
-    small, _ = decode_small(save(Image.fromarray(rgba)), 7)
+    small, _, _ = decode_small(save(Image.fromarray(rgba)), 7)
     assert np.array_equal(small, resize_shorter(decode_rgb(save(Image.fromarray(rgba))), 7))
     assert (small[..., 1].astype(int) - small[..., 2]).max() <= 1
+
+
+@pytest.mark.parametrize("options, stays", [
+    ({}, True), ({"progressive": True}, True), ({"subsampling": 2, "restart_marker_rows": 1}, True),
+    ({"exif": 6}, False), ({"icc_profile": "green is red"}, False), ({"size": 60}, False), ({"mode": "CMYK"}, False),
+    ({"mode": "L"}, False),
+])  # fmt: skip
+def test_a_jpeg_that_may_stay_as_it_is_keeps_its_pixels_and_loses_its_notes(
+    options: dict[str, Any], stays: bool
+) -> None:
+    picture, options = Image.fromarray(photograph(64, 70)).convert(options.pop("mode", "RGB")), dict(options)
+    note, size = Image.Exif(), options.pop("size", 64)
+    note[0x0112], note[0x010E] = options.pop("exif", 1), "where I live"
+    options["icc_profile"] = _green_is_red() if "icc_profile" in options else None
+    sink = io.BytesIO()
+    picture.save(sink, "JPEG", exif=note, comment=b"and who I am", **options)
+    rgb, _, as_it_came = decode_small(sink.getvalue(), size)
+    assert as_it_came == stays and b"where I live" in sink.getvalue()
+    if stays:
+        bare = without_notes(sink.getvalue() + b"PK\x03\x04 another file \xff\xd9")
+        assert np.array_equal(decode_rgb(bare), rgb) and bare.endswith(b"\xff\xd9")
+        assert not any(words in bare for words in (b"where I live", b"who I am", b"another file"))
+
+
+def test_markers_of_a_jpeg_that_lead_nowhere_are_an_error_and_no_endless_loop() -> None:
+    whole = encode_jpeg(photograph(32, 32), 90)
+    for end in range(2, len(whole) - 1):
+        with pytest.raises(ValueError, match="expected a marker"):
+            without_notes(whole[:end])

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm.images import decode_rgb, encode_png, resize_shorter
+from ldm.images import decode_rgb, encode_jpeg, encode_png, resize_shorter
 from pipelines.config import CONF, DatasetConfig, compose
 from pipelines.dag import Dag, Job, connected
 from pipelines.manifest import Record, StageFolder
@@ -146,6 +146,17 @@ def test_pictures_can_be_kept_exactly(web: Downloaded, tmp_path: Path) -> None:
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
     with pytest.raises(ValueError, match="encode_format=tiff; expected jpg or png"):
         download.PixelResizer(replace(settings, encode_format="tiff"))
+
+
+def test_a_small_jpeg_is_not_encoded_anew() -> None:
+    rng = np.random.default_rng(0)
+    jpeg = encode_jpeg(rng.integers(0, 256, (40, 30, 3), np.uint8), 60)
+    resize = download.PixelResizer(replace(DATASET.download, image_size=30, encode_format="jpg"))
+    assert resize(io.BytesIO(jpeg + b"more"))[0] == jpeg
+    odd = jpeg[:2] + b"\xff" + jpeg[2:]  # a byte of filling: allowed by Pillow, and not by us
+    again = resize(io.BytesIO(odd))[0]
+    assert again != jpeg and np.abs(decode_rgb(again).astype(int) - decode_rgb(jpeg)).mean() < 2
+    assert resize(io.BytesIO(encode_jpeg(decode_rgb(jpeg).repeat(2, 0).repeat(2, 1), 60)))[1:3] == (30, 40)
 
 
 # -- rows by hand -----------------------------------------------------------------------------------------------------
@@ -300,8 +311,8 @@ def test_a_canary_that_comes_back_changed_stops_the_worker(
         download.check_canary(replace(DATASET.download, image_size=size, retries=77))
     whole = (720, 480)
 
-    def decode(data: bytes, size: int, **_: object) -> tuple[np.ndarray, tuple[int, int]]:
-        return resize_shorter(spoil(decode_rgb(data)).copy(), size), whole
+    def decode(data: bytes, size: int, **_: object) -> tuple[np.ndarray, tuple[int, int], bool]:
+        return resize_shorter(spoil(decode_rgb(data)).copy(), size), whole, False
 
     monkeypatch.setattr(download, "decode_small", decode)
     with pytest.raises(download.CanaryError, match="Pillow .* pip install -c infra/constraints.txt"):
