@@ -279,6 +279,9 @@ def without_notes(jpeg: bytes) -> bytes:
     while (marker := jpeg[at : at + 2]) != b"\xff\xd9":
         if len(marker) < 2 or marker[0] != 0xFF:
             raise ValueError(f"found {marker!r} at byte {at} of {len(jpeg)}, expected a marker of JPEG")
+        if marker[1] == 0xFF:  # a byte of filling
+            at += 1
+            continue
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
         if marker[1] == START_OF_SCAN:
             found = SCAN_END.search(jpeg, end)
