@@ -7,8 +7,12 @@ A shard of latents is a plain tar that any webdataset reader opens, samples in k
 Its index `000042.index` is one fixed row for each sample: key, offset and size of the stretch of the tar that holds the
 sample's members, and the crc32 of that stretch. The record holds the index's sha256, which is checked when the shard is
 opened; a read is one `pread` of the stretch, checked against the crc32. So a flipped byte, a cut file or a swapped
-shard raises CorruptSample and can never shorten an epoch silently. Nothing here unpickles, opens a URL, or follows a
-link.
+shard raises CorruptSample and can never shorten an epoch silently.
+
+A tar of somebody else's making may hold anything, with hashes that fit. Headers are read here and not by tarfile, whose
+extensions (long names, links, sparse files, sizes of any sign and length) have cost others memory and time without
+bound: plain files with plain names and the endings of FIELDS are samples, all else raises CorruptSample with the file's
+and the member's name. Nothing here unpickles, opens a URL, or follows a link.
 """
 
 from __future__ import annotations
@@ -34,7 +38,14 @@ from ldm.storage import StoredFile
 
 INDEX_ROW = np.dtype([("key", "S24"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 BLOCK = 512
-MEMBER = re.compile(r"^(?P<key>[0-9]+)\.(?P<field>[a-z0-9_.]+)$")
+END = bytes(BLOCK)  # the block after the last member
+FIELDS = ("npy", "json", "txt", "jpg", "png", "webp")
+FIELD = re.compile(rf"(?:[a-z0-9_]+\.)?(?:{'|'.join(FIELDS)})".encode())
+PLAIN_FILE = (b"0", b"\0")  # kinds of member
+OCTAL = b"01234567"  # all that a size consists of
+NO_PREFIX = bytes(155)  # of a name
+MAX_SAMPLE_BYTES = 1 << 28  # of a sample's stretch, headers included: what a reader may hold at once
+MAX_NPY_HEADER = 10_000  # bytes; numpy's own limit
 # A version, the header's length, then a Python dict on one line, padded (NEP 1). Objects ("|O") are not plain numbers.
 NPY_HEADER = re.compile(
     rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
@@ -113,7 +124,7 @@ class ShardReader:
                 f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {row['size']} bytes read); "
                 + self._way_out()
             )
-        return dict(sample_members(data, key, self.info.tar))
+        return sample_members(data, key, self.info.tar)
 
     def _way_out(self) -> str:
         """What was fetched is a copy, which nobody shall read again; what lies on disk is all that there is."""
@@ -142,7 +153,13 @@ def read_index(info: ShardInfo, cache: NodeCache | None = None) -> np.ndarray:
             f"{info.index} has sha256 {found[:12]}, expected {info.index_sha256[:12]} as its record says; find out "
             f"what else is damaged with: python -m pipelines.verify path={info.index}"
         )
-    return np.frombuffer(data, INDEX_ROW)
+    rows = np.frombuffer(data, INDEX_ROW)
+    ends = rows["offset"] + rows["size"]
+    if len(rows) and (rows["offset"][0] or (ends[:-1] != rows["offset"][1:]).any()):
+        raise CorruptSample(f"{info.index}: its samples do not lie end to end from the tar's first byte on")
+    if len(rows) and (most := int(rows["size"].max())) > MAX_SAMPLE_BYTES:
+        raise CorruptSample(f"{info.index} has a sample of {most} bytes, expected at most {MAX_SAMPLE_BYTES}")
+    return rows
 
 
 def open_shard(info: ShardInfo, cache: NodeCache | None) -> ShardReader:
@@ -156,22 +173,43 @@ def open_shard(info: ShardInfo, cache: NodeCache | None) -> ShardReader:
     return reader
 
 
-def sample_members(data: bytes, key: str, tar: str) -> Iterator[tuple[str, bytes]]:
-    """(field, bytes) of the members in a sample's stretch of a tar: headers of 512 bytes, contents padded to 512."""
+def sample_members(data: bytes, key: str, tar: str) -> dict[str, bytes]:
+    """field -> bytes of the members in a sample's stretch of a tar: headers of 512 bytes, contents padded to 512."""
+    fields: dict[str, bytes] = {}
     at = 0
-    while at + BLOCK <= len(data):
-        header = data[at : at + BLOCK]
-        name, size = header[:100].rstrip(b"\0").decode(), int(header[124:135], 8)
-        found, _, field = name.partition(".")
-        if header[156:157] not in (b"0", b"\0") or found != key or not _is_field(field):
-            raise CorruptSample(f"{tar}: member {name!r} does not belong to sample {key}")
-        yield field, data[at + BLOCK : at + BLOCK + size]
-        at += BLOCK + -(-size // BLOCK) * BLOCK
+    while at < len(data):
+        found, field, size = _member(data[at : at + BLOCK], tar)
+        if found != key or field in fields:
+            raise CorruptSample(f"{tar}: member {found}.{field} comes again or does not belong to sample {key}")
+        fields[field] = data[at + BLOCK : at + BLOCK + size]
+        at += BLOCK + _padded(size)
+    if at > len(data):
+        raise CorruptSample(f"{tar}: member {key}.{field} claims {size} bytes, more than are left of its sample")
+    return fields
 
 
-@lru_cache(maxsize=64)
-def _is_field(field: str) -> bool:
-    return MEMBER.match(f"0.{field}") is not None
+def _member(header: bytes, tar: str | Path) -> tuple[str, str, int]:
+    """(key, field, bytes) of a member by its header. Raises CorruptSample for all but plain files with plain names."""
+    name, digits, kind = header[:100].rstrip(b"\0"), header[124:135], header[156:157]
+    key, _, field = name.partition(b".")
+    plain = kind in PLAIN_FILE and header[345:500] == NO_PREFIX and header[135:136] in (b"\0", b" ")
+    if not plain or digits.strip(OCTAL) or not key.isdigit() or not _field(field):
+        shown, claimed = name.decode(errors="replace"), digits.decode(errors="replace")
+        raise CorruptSample(
+            f"{tar}: unexpected member {shown!r} of kind {kind.decode(errors='replace')!r} and size {claimed!r}; "
+            f"expected plain files named KEY.FIELD, the field ending in {', '.join(FIELDS)}"
+        )
+    return key.decode(), _field(field), int(digits, 8)
+
+
+@lru_cache(maxsize=64)  # the members of a shard have few
+def _field(field: bytes) -> str:
+    """The part of a member's name that says what it is; empty for what has no place in a shard."""
+    return field.decode() if FIELD.fullmatch(field) else ""
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
 
 
 def encode_array(array: np.ndarray) -> bytes:
@@ -198,27 +236,45 @@ def decode_array(data: bytes) -> np.ndarray:
 @lru_cache(maxsize=64)  # the samples of a cache have few shapes
 def _npy_header(start: bytes) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
     """(dtype, shape, order) from all that stands before the numbers."""
-    header = NPY_HEADER.fullmatch(start)
+    header = NPY_HEADER.fullmatch(start[:MAX_NPY_HEADER])
     if header is None:
         raise ValueError(f"no .npy file of plain numbers; it begins with {start[:128]!r}")
     shape = tuple(int(n) for n in header["shape"].split(b",") if n.strip())
-    return np.dtype(header["dtype"].decode()), shape, "F" if header["fortran"] == b"True" else "C"
+    try:
+        dtype = np.dtype(header["dtype"].decode())
+    except TypeError as error:  # a width that no number has
+        raise ValueError(f"no .npy file of plain numbers: {error}") from error
+    return dtype, shape, "F" if header["fortran"] == b"True" else "C"
 
 
 def iterate_tar(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, fields by extension) of every sample of a tar in order: regular files with plain names only."""
-    import tarfile
-
-    key, fields = "", {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            match = MEMBER.match(member.name)
-            if not member.isreg() or match is None:
-                raise CorruptSample(f"{path}: unexpected member {member.name!r}")
-            if match["key"] != key and fields:
-                yield key, fields
-                fields = {}
-            key = match["key"]
-            fields[match["field"]] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    """(key, fields by extension) of every sample of a tar, which must be in key order and whole to its end."""
+    key, fields, room = "", {}, 0
+    with open(path, "rb") as file:
+        while (header := file.read(BLOCK)) != END:
+            found, field, size = _whole_header(header, path)
+            if found != key:
+                if fields:
+                    yield key, fields
+                if found < key:
+                    raise CorruptSample(f"{path}: member {found}.{field} comes after those of {key}, out of key order")
+                key, fields, room = found, {}, MAX_SAMPLE_BYTES
+            room -= BLOCK + _padded(size)
+            if field in fields or room < 0:
+                wrong = "comes again" if field in fields else f"makes its sample larger than {MAX_SAMPLE_BYTES} bytes"
+                raise CorruptSample(f"{path}: member {found}.{field} {wrong}")
+            fields[field] = file.read(size)
+            if len(fields[field]) + len(file.read(_padded(size) - size)) != _padded(size):
+                raise CorruptSample(f"{path} is cut off in member {found}.{field}, of which {size} bytes are claimed")
     if fields:
         yield key, fields
+
+
+def _whole_header(header: bytes, path: str | Path) -> tuple[str, str, int]:
+    """What a header says, held against its checksum, in which its own eight bytes count as spaces."""
+    if len(header) < BLOCK:
+        raise CorruptSample(f"{path} is cut off: it has no end of a tar")
+    member = _member(header, path)
+    if header[148:154] != b"%06o" % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):
+        raise CorruptSample(f"{path}: the header of member {member[0]}.{member[1]} does not have its checksum")
+    return member

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import imagehash
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ldm.images import ImageError, decode_rgb
-from ldm.shards import iterate_tar
+from ldm.shards import CorruptSample, iterate_tar
 from pipelines.dag import Job
 from pipelines.manifest import Record, StageFolder, shard_name
 from pipelines.settings import FilterImagesConfig
@@ -40,9 +41,14 @@ SEEN = (
 )  # fmt: skip
 
 
-def picture_of(fields: dict[str, bytes]) -> bytes:
-    """The encoded picture of a sample, whatever its format. Raises KeyError when there is none."""
-    return next(fields[name] for name in PICTURES if name in fields)
+def pictures_of(tar: Path) -> Iterator[tuple[str, bytes, bytes]]:
+    """(key, encoded picture, caption) of every sample of a downloaded tar, in key order."""
+    for key, fields in iterate_tar(tar):
+        found = [name for name in PICTURES if name in fields]
+        if not found or "txt" not in fields:
+            expected = f"a picture ({', '.join(PICTURES)}) and a txt"
+            raise CorruptSample(f"{tar}: sample {key} has {', '.join(sorted(fields))}; expected {expected}")
+        yield key, fields[found[0]], fields["txt"]
 
 
 def judge(rgb: np.ndarray, settings: FilterImagesConfig) -> str:
@@ -104,11 +110,10 @@ class Worker:
                 inputs={f"download/{name}": source.digest},
             )
 
-    def _look(self, tar: Any) -> Iterator[dict[str, Any]]:
+    def _look(self, tar: Path) -> Iterator[dict[str, Any]]:
         """One row for each sample of a tar; those that are kept are scored, a batch at a time."""
         waiting: list[tuple[dict[str, Any], np.ndarray, str]] = []
-        for key, fields in iterate_tar(tar):
-            data = picture_of(fields)
+        for key, data, caption in pictures_of(tar):
             row = {"key": key, "sha256": hashlib.sha256(data).hexdigest(), "width": 0, "height": 0, "phash": 0}
             try:
                 rgb = decode_rgb(data)
@@ -121,7 +126,7 @@ class Worker:
             if self.scorer is None or row["verdict"]:
                 yield row
                 continue
-            waiting.append((row, rgb, fields["txt"].decode("utf-8", "replace")))
+            waiting.append((row, rgb, caption.decode("utf-8", "replace")))
             if len(waiting) == self.settings.clip.batch_size:
                 yield from self._scored(waiting)
                 waiting = []

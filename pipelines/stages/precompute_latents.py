@@ -31,11 +31,11 @@ from ldm.buckets import bucket_shapes, fit, nearest_shape
 from ldm.config import AutoencoderSettings
 from ldm.encode import Encoder, Stored, TooLarge, to_stored
 from ldm.images import decode_rgb, to_tensor
-from ldm.shards import ShardWriter, encode_array, iterate_tar
+from ldm.shards import ShardWriter, encode_array
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
 from pipelines.settings import PrecomputeLatentsConfig
-from pipelines.stages.filter_images import picture_of
+from pipelines.stages.filter_images import pictures_of
 
 
 @dataclass
@@ -213,10 +213,10 @@ class Worker:
         table = pq.read_table(self.job.inputs["filter_images"].data(f"{name}.parquet"), columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
         ahead: deque[tuple[str, bytes, Future[dict[str, np.ndarray]]]] = deque()
-        for key, fields in iterate_tar(self.job.inputs["download"].data(f"{name}.tar")):
+        for key, data, caption in pictures_of(self.job.inputs["download"].data(f"{name}.tar")):
             if key not in kept:
                 continue
-            ahead.append((key, fields["txt"], self.decoders.submit(self._decode, picture_of(fields))))
+            ahead.append((key, caption, self.decoders.submit(self._decode, data)))
             if len(ahead) > 2 * self.settings.batch_size:
                 key, caption, pictures = ahead.popleft()
                 yield key, caption, pictures.result()

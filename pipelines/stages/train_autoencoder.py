@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ldm.images import decode_rgb, resize_and_crop
-from ldm.shards import iterate_tar
 from ldm.training.train_autoencoder import train_autoencoder
 from pipelines.dag import Job
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, shard_name
-from pipelines.stages.filter_images import picture_of
+from pipelines.stages.filter_images import pictures_of
 from pipelines.training_set import input_digests
 
 STATE = "state"
@@ -52,10 +51,10 @@ def read_pictures(job: Job, size: int) -> tuple[np.ndarray, list[str]]:
         name = shard_name(shard)
         table = pq.read_table(job.inputs["filter_images"].data(f"{name}.parquet"), columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
-        for key, fields in iterate_tar(job.inputs["download"].data(f"{name}.tar")):
+        for key, data, caption in pictures_of(job.inputs["download"].data(f"{name}.tar")):
             if key in kept:
-                images.append(resize_and_crop(decode_rgb(picture_of(fields)), size))
-                captions.append(fields["txt"].decode())
+                images.append(resize_and_crop(decode_rgb(data), size))
+                captions.append(caption.decode())
     if not images:
         raise ValueError(f"filter_images kept no picture in {job.inputs['filter_images'].path}; expected some")
     return np.stack(images), captions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import random
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +132,8 @@ def test_arrays_that_would_be_unpickled_are_refused() -> None:
 
 def test_cut_or_lengthened_arrays_are_refused() -> None:
     data = encode_array(np.arange(8, dtype="<f4"))
-    for other in (data[:-4], data + b"0000", data[:20], b""):
+    wide = data.replace(b"(8,), }", b"(8,), }" + b" " * 10_000)
+    for other in (data[:-4], data + b"0000", data[:20], b"", data.replace(b"<f4", b"<f9"), wide):
         with pytest.raises(ValueError):
             decode_array(other)
 
@@ -143,33 +143,6 @@ def test_threads_decode_at_the_same_time() -> None:
     data = encode_array(np.arange(8, dtype="<f4"))
     with ThreadPoolExecutor(8) as pool:
         assert all(x[7] == 7 for x in pool.map(lambda _: decode_array(data), range(20_000)))
-
-
-@pytest.mark.parametrize("name, kind", [("../up.txt", tarfile.REGTYPE), ("/etc/passwd", tarfile.REGTYPE),
-                                        ("00000001.txt", tarfile.SYMTYPE), ("00000001.txt", tarfile.LNKTYPE),
-                                        ("00000001.txt", tarfile.CHRTYPE), ("x/00000001.txt", tarfile.REGTYPE)])
-def test_members_that_are_not_plain_samples_are_refused(tmp_path: Path, name: str, kind: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, "/etc/passwd"
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        tar.addfile(member)
-    with pytest.raises(CorruptSample, match="unexpected member"):
-        list(iterate_tar(tmp_path / "bad.tar"))
-
-
-def test_a_pickle_in_a_shard_is_bytes_and_never_run(tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-
-    class Payload:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {canary}",)
-
-    writer = ShardWriter(tmp_path / "a.tar", tmp_path / "a.index")
-    writer.write("00000000", {"pickle": pickle.dumps(Payload()), "pyd": pickle.dumps(Payload())})
-    writer.close()
-    list(iterate_tar(tmp_path / "a.tar"))
-    read_all(info_of(writer))
-    assert not canary.exists()
 
 
 def test_samples_out_of_order_are_refused(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_every_other_stage_is_checked_too(cache: Path, tmp_path: Path) -> None:
 
     lines = "\n".join(str(finding) for finding in findings_after(cache, tmp_path, change))
     assert "filter_images shard 000002, 000002.parquet: found 4 bytes" in lines
-    assert re.search(r"download shard 000003, 000003.tar: found \d samples, expected 6", lines)
+    assert re.search(r"download shard 000003, 000003.tar: found .* is cut off", lines)
     assert re.search(r"filter_metadata, plan.json: found fingerprint \w+, expected \w+ by what it says", lines)
 
 
