@@ -139,13 +139,8 @@ class NodeCache:
 
 def _download(stored: StoredFile, part: Path) -> None:
     """Fetches and checks; what arrives otherwise than its record says is fetched once more, then refused by name."""
-    for again in (True, False):
-        try:
-            get_file(place(stored.place), part)
-        except StorageError:  # botocore sees damage on the way by a checksum of its own
-            if again:
-                continue
-            raise
+    for _ in range(2):
+        get_file(place(stored.place), part)
         found = sha256_file(part)
         if found == stored.sha256:
             return

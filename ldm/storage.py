@@ -5,7 +5,7 @@
 
 On S3 nothing is renamed: a put is the atomic step, and a reader sees all of an object or nothing. Credentials and
 endpoint come from where every AWS tool looks for them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, the machine's
-role). Calls that a busy or broken server refuses are tried again by botocore and s3fs; what fails for good raises
+role). Calls that a busy or broken server refuses are tried again as PATIENCE says; what fails for good raises
 StorageError naming the object.
 """
 
@@ -13,20 +13,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-PAGE = 1000  # keys that S3 lists in one answer
+T = TypeVar("T")
+PAGE = 1000  # keys that S3 lists, or removes, in one answer
+# Of every call: seconds that an answer is waited for, and how often silence and refusals (503 SlowDown, say) are asked
+# again, after pauses of up to 1, 2, 4 and 8 seconds. A busy store is borne, a dead one named within about a minute. The
+# mode is botocore's oldest: its others stop asking again once a hundred calls have been refused at the same time.
+PATIENCE = {"connect_timeout": 5, "read_timeout": 12, "retries": {"mode": "legacy", "total_max_attempts": 5},
+            "max_pool_connections": 50}  # fmt: skip
 # Of the first look at a place: work under way waits and asks again for longer, but who has just begun wants to know.
 FIRST_LOOK = {"connect_timeout": 4, "read_timeout": 8, "retries": {"total_max_attempts": 2}}
 
 
 class StorageError(OSError):
     """An object store did not do what it was asked; the message names the object and what to look at."""
+
+
+class BadAnswer(StorageError):
+    """What a store sent was cut off, or is not what its own checksum says."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +78,28 @@ def place(where: Any) -> Any:
         )
     from upath import UPath
 
-    return UPath(where.rstrip("/"), use_listings_cache=False)
+    return UPath(where.rstrip("/"), use_listings_cache=False, config_kwargs=PATIENCE)
+
+
+def _store(path: Any) -> Any:
+    """The client of a place's store."""
+    store = path.fs
+    store.retries = 1  # or s3fs would ask again, up to 25 times, for all that botocore has asked again
+    return store
 
 
 @contextmanager
 def explained(path: Any) -> Iterator[None]:
     """Turns what botocore and s3fs raise into StorageError with the object's name; absence stays FileNotFoundError."""
-    from botocore.exceptions import BotoCoreError, HTTPClientError, NoCredentialsError
+    from aiohttp import ClientPayloadError
+    from botocore.exceptions import (
+        BotoCoreError,
+        FlexibleChecksumError,
+        HTTPClientError,
+        IncompleteReadError,
+        NoCredentialsError,
+        ResponseStreamingError,
+    )
     from botocore.exceptions import ConnectionError as NoConnection
 
     try:
@@ -88,6 +115,8 @@ def explained(path: Any) -> Iterator[None]:
         raise StorageError(f"{path}: there is no such bucket; make it, or name another one") from error
     except StorageError:
         raise
+    except (ClientPayloadError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError) as error:
+        raise BadAnswer(f"{path}: the answer was cut off or damaged: {error}") from error
     except (HTTPClientError, NoConnection) as error:
         raise StorageError(
             f"{path}: {error}. Does the server run, can this machine reach it, and is AWS_ENDPOINT_URL="
@@ -102,7 +131,7 @@ def check(path: Any, setting: str) -> None:
     if not is_remote(path):
         return
     store = type(path.fs)(config_kwargs=FIRST_LOOK, skip_instance_cache=True)
-    store.retries = 1  # s3fs asks again what botocore has asked again
+    store.retries = 1
     try:
         with explained(path):
             store.call_s3("list_objects_v2", **_names(path, prefix=True), MaxKeys=1)
@@ -116,52 +145,101 @@ def read(path: Any) -> bytes:
     path = place(path)
     if not is_remote(path):
         return path.read_bytes()
-    with explained(path):
-        return path.fs.cat_file(path.path)
+    return _whole(path, lambda: _store(path).cat_file(path.path, max_concurrency=1))  # one request, whatever the size
+
+
+def _whole(path: Any, fetch: Callable[[], T]) -> T:
+    """What is fetched; what arrives cut off or damaged is asked for once more."""
+    try:
+        with explained(path):
+            return fetch()
+    except BadAnswer:
+        with explained(path):
+            return fetch()
+
+
+def exists(path: Any) -> bool:
+    """Whether there is a file or an object."""
+    if not is_remote(path):
+        return path.is_file()
+    try:
+        with explained(path):
+            _store(path).call_s3("head_object", **_names(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def put(path: Any, data: bytes) -> None:
     """Puts an object: a reader sees all of it or what was there before."""
     with explained(path):
-        path.fs.pipe_file(path.path, data)
+        _store(path).pipe_file(path.path, data)
 
 
 def put_file(local: Path, path: Any) -> None:
     """Puts a file as an object; in parts where it is large, which become an object together."""
     with explained(path):
-        path.fs.put_file(str(local), path.path)
+        _store(path).put_file(str(local), path.path)
 
 
 def get_file(path: Any, local: Path) -> None:
     """Fetches an object into a file."""
-    with explained(path):
-        path.fs.get_file(path.path, str(local))
+    _whole(path, lambda: _store(path).get_file(path.path, str(local)))
 
 
 def read_many(paths: list[Any]) -> list[bytes]:
     """What objects hold, many asked for at once."""
     if not paths:
         return []
-    with explained(paths[0].parent):
-        found = paths[0].fs.cat([path.path for path in paths])
-    return [found[path.path] for path in paths]
+    names = [path.path for path in paths]
+    found = _whole(paths[0].parent, lambda: _store(paths[0]).cat(names, max_concurrency=1))
+    return [found[name] for name in names]
 
 
+# -- listings ---------------------------------------------------------------------------------------------------------
 def sizes(folder: Any) -> dict[str, int]:
-    """Bytes of every object below a folder, by its name there; a thousand in one answer."""
-    start = len(folder.path.rstrip("/")) + 1
-    with explained(folder):
-        found = folder.fs.find(folder.path, detail=True)
-    return {name[start:]: info["size"] for name, info in found.items()}
+    """Bytes of every object below a folder, by its name there."""
+    names = _names(folder, prefix=True)
+    start = len(names["Prefix"])
+    return {key[start:]: size for key, size in _listed(folder, names) if not key.endswith("/")}
 
 
+def matching(pattern: str) -> dict[str, int]:
+    """Bytes of every object that a glob fits, by its address, in order. As on disk, `*` ends at a slash."""
+    bucket, _, key = pattern.removeprefix("s3://").partition("/")
+    begins = re.split(r"[*?[]", key, maxsplit=1)[0]
+    names = {"Bucket": bucket, "Prefix": begins}
+    if "/" not in key[len(begins) :]:
+        names["Delimiter"] = "/"  # what lies in folders below is not even listed
+    wanted = key.split("/")
+    found = {f"s3://{bucket}/{name}": size for name, size in _listed(place(pattern), names) if _fits(name, wanted)}
+    return dict(sorted(found.items()))
+
+
+def _fits(key: str, wanted: list[str]) -> bool:
+    parts = key.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _listed(path: Any, names: dict[str, str]) -> Iterator[tuple[str, int]]:
+    """(key, bytes) of the objects that a request names; a thousand in one answer."""
+    while True:
+        with explained(path):
+            answer = _store(path).call_s3("list_objects_v2", **names, MaxKeys=PAGE)
+        yield from ((found["Key"], found["Size"]) for found in answer.get("Contents", ()))
+        if not answer["IsTruncated"]:
+            return
+        names = {**names, "ContinuationToken": answer["NextContinuationToken"]}
+
+
+# -- removal ----------------------------------------------------------------------------------------------------------
 def remove(paths: list[Any]) -> None:
     """Removes objects; those that are not there are no error."""
     for start in range(0, len(paths), PAGE):
         page = paths[start : start + PAGE]
         keys = [{"Key": _names(path)["Key"]} for path in page]
         with explained(page[0]):
-            answer = page[0].fs.call_s3(
+            answer = _store(page[0]).call_s3(
                 "delete_objects", Bucket=_names(page[0])["Bucket"], Delete={"Objects": keys, "Quiet": True}
             )
         if errors := answer.get("Errors"):
@@ -172,9 +250,9 @@ def abort_uploads(folder: Any) -> int:
     """Ends uploads in parts below a folder that nobody finished, which would be kept and paid for. Returns how many."""
     names, ended = _names(folder, prefix=True), 0
     with explained(folder):
-        while uploads := folder.fs.call_s3("list_multipart_uploads", **names).get("Uploads"):
+        while uploads := _store(folder).call_s3("list_multipart_uploads", **names).get("Uploads"):
             for upload in uploads:
-                folder.fs.call_s3(
+                _store(folder).call_s3(
                     "abort_multipart_upload", Bucket=names["Bucket"], Key=upload["Key"], UploadId=upload["UploadId"]
                 )
             ended += len(uploads)
@@ -196,7 +274,7 @@ def _put_if(path: Any, data: bytes, **condition: str) -> str | None:
     """A put with a condition has one winner. A winner who did not hear of it, and asked again, still is one."""
     try:
         with explained(path):
-            return path.fs.call_s3("put_object", **_names(path), Body=data, **condition)["ETag"]
+            return _store(path).call_s3("put_object", **_names(path), Body=data, **condition)["ETag"]
     except (StorageError, FileNotFoundError) as error:
         if not _is_refused_condition(error):
             raise
@@ -220,7 +298,7 @@ def look(path: Any) -> Look | None:
 
     try:
         with explained(path):
-            answer = path.fs.call_s3("get_object", **_names(path))
+            answer = _store(path).call_s3("get_object", **_names(path))
             data = sync(path.fs.loop, answer["Body"].read)
     except FileNotFoundError:
         return None
@@ -230,7 +308,9 @@ def look(path: Any) -> Look | None:
 
 def _names(path: Any, prefix: bool = False) -> dict[str, str]:
     bucket, _, key = path.path.partition("/")
-    return {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/"} if prefix else {"Bucket": bucket, "Key": key}
+    if not prefix:
+        return {"Bucket": bucket, "Key": key}
+    return {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/" if key else ""}
 
 
 # -- files on disk ----------------------------------------------------------------------------------------------------

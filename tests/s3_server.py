@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 BUCKET = "bucket"
@@ -16,12 +17,13 @@ Answer = Iterable[bytes]
 
 
 class S3Server:
-    """`requests` counts (method, object's name); `refuse` and `spoil` are asked about every one of them."""
+    """`requests` counts (method, object's name); `refuse`, `spoil` and `cut` are asked about every one of them."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.refuse: Callable[[str, str], bool] = lambda method, name: False  # -> 503
         self.spoil: Callable[[str, str], bool] = lambda method, name: False  # -> another byte at the end
+        self.cut: Callable[[str, str], bool] = lambda method, name: False  # -> half of what its header promises
         self.url, self.moto = "", cast(Any, None)
         self._writing = threading.Lock()  # moto looks and writes in two steps; S3 does both at once
 
@@ -37,11 +39,20 @@ class S3Server:
             with self._writing:
                 return list(self.moto(environ, start_response))
         body = b"".join(self.moto(environ, start_response))
+        if self.cut(method, name):
+            return [body[: len(body) // 2]]
         return [body[:-1] + bytes([body[-1] ^ 1]) if body and self.spoil(method, name) else body]
 
     def put(self, key: str, data: bytes) -> None:
         """An object put behind everybody's back."""
         self.client().put_object(Bucket=BUCKET, Key=key, Body=data)
+
+    def put_folder(self, folder: Path, key: str) -> None:
+        """All files of a folder as objects below a key."""
+        client = self.client()
+        for path in folder.rglob("*"):
+            if path.is_file():
+                client.put_object(Bucket=BUCKET, Key=f"{key}/{path.relative_to(folder)}", Body=path.read_bytes())
 
     def keys(self, prefix: str = "") -> list[str]:
         answer = self.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)
