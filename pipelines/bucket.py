@@ -8,14 +8,16 @@ record's sha256 on arrival.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from functools import cache
+from io import BytesIO
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm import storage
-from ldm.node_cache import NodeCache
-from ldm.storage import StoredFile, is_remote, place
-from pipelines.manifest import Attempt, Record, StageFolder, attempt_label, parse_record
+from ldm.node_cache import DamagedFile, NodeCache
+from ldm.storage import BadAnswer, StoredFile, is_remote, place
+from pipelines.manifest import Attempt, Record, StageFolder, attempt_label, sha256_bytes
 
 
 class Bucket(StageFolder):
@@ -37,20 +39,24 @@ class Bucket(StageFolder):
     def sweep(self) -> int:
         return storage.abort_uploads(self.path)
 
-    def clear(self, shards: list[int] | None = None) -> None:
+    def clear(self, shards: list[int | None] | None = None) -> None:
         storage.remove([self.path / "manifest.parquet"])
-        names = [self.record_path(shard).name for shard in shards or ()]
+        self.forget(shards or [])
         if shards is None:  # records first
             names = sorted(storage.sizes(self.path), key=lambda name: not name.endswith(".json"))
-        storage.remove([self.path / name for name in names if name != "lock"])
+            storage.remove([self.path / name for name in names if name != "lock"])
+
+    def forget(self, shards: list[int | None]) -> None:
+        storage.remove([self.record_path(shard) for shard in shards])
 
     # -- reading -----------------------------------------------------------------------------------------------------
-    def committed(self) -> dict[int, Record]:
+    def shards(self) -> list[int]:
         names = (Path(name) for name in storage.sizes(self.path) if "/" not in name)
-        shards = sorted(int(name.stem) for name in names if name.suffix == ".json" and name.stem.isdigit())
-        paths = [self.record_path(shard) for shard in shards]
-        found = zip(shards, paths, storage.read_many(paths), strict=True)
-        return {shard: parse_record(data, path) for shard, path, data in found}
+        return sorted(int(name.stem) for name in names if name.suffix == ".json" and name.stem.isdigit())
+
+    def record_files(self) -> dict[int, bytes]:
+        shards = self.shards()
+        return dict(zip(shards, storage.read_many([self.record_path(shard) for shard in shards]), strict=True))
 
     def missing_files(self, records: Iterable[Record]) -> dict[int | None, list[str]]:
         there = storage.sizes(self.path)
@@ -59,6 +65,29 @@ class Bucket(StageFolder):
 
     def data(self, name: str) -> Path:
         return self.cache.fetch(self.stored(name))
+
+    def readable(self, name: str) -> BytesIO:
+        """What is read once would only push out of the node's cache what is read again."""
+        stored = self.stored(name)
+        data = storage.read(stored.place)
+        if (found := sha256_bytes(data)) != stored.sha256:
+            raise DamagedFile(
+                f"{stored.place} has sha256 {found[:12]}, expected {stored.sha256[:12]} as its record says; find out "
+                f"what else is damaged with: python -m pipelines.verify path={self.path}"
+            )
+        return BytesIO(data)
+
+    @contextmanager
+    def as_it_lies(self, record: Record) -> Iterator[Path]:
+        """Fetched anew: what the node keeps is what it found sound once."""
+        with self.cache.scratch(attempt_label(record.shard)) as copy:
+            for name in record.files:
+                if not (copy / name).resolve().is_relative_to(copy.resolve()):
+                    continue  # anybody may have written the record
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError, BadAnswer):  # what is absent or cut off is for the caller to see
+                    storage.get_file(self.path / name, copy / name)
+            yield copy
 
     def stored(self, name: str, record: Record | None = None) -> StoredFile:
         """A data file as its record describes it. Raises FileNotFoundError when no record does."""
@@ -73,3 +102,24 @@ class Bucket(StageFolder):
 def stage_folder(path: Any, stage: str, cache: NodeCache) -> StageFolder:
     """A stage's folder, wherever it lies."""
     return Bucket(path, stage, cache) if is_remote(path) else StageFolder(path, stage)
+
+
+def folder_at(path: Any, stage: str) -> StageFolder:
+    """A stage's folder for commands that are given a path and no configuration."""
+    return Bucket(path, stage, _own_cache()) if is_remote(path) else StageFolder(path, stage)
+
+
+@cache
+def _own_cache() -> NodeCache:
+    """The cache of a machine on its own; TMPDIR says where it lies."""
+    from pipelines.config import read_option
+
+    return read_option("cluster", "local").cache
+
+
+def homes_below(path: Any, signs: tuple[str, ...]) -> list[Any]:
+    """The folders one or two levels below a path that hold a file of one of these names, in order."""
+    if is_remote(path):
+        names = [PurePosixPath(name) for name in storage.sizes(path)]
+        return sorted({path / str(name.parent) for name in names if name.name in signs and len(name.parts) in (2, 3)})
+    return sorted({found.parent for sign in signs for depth in ("*", "*/*") for found in path.glob(f"{depth}/{sign}")})

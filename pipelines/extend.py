@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ldm.storage import StorageError
 from pipelines.config import Config, ConfigError, compose
-from pipelines.dag import Dag
+from pipelines.dag import Dag, check_places
 from pipelines.fetch import WORTH_RETRYING
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StageFolder, StaleError, shard_name
@@ -38,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     retry = [argument.partition("=")[2] for argument in arguments if argument.startswith("retry=")]
     try:
         config = compose([argument for argument in arguments if not argument.startswith("retry=")])
+        check_places(config)
         print(extend(config, set(retry[-1].split(",")) if retry else set()))
-    except (ConfigError, StaleError, LockedError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, StaleError, LockedError, FileNotFoundError, StorageError, ValueError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
     return 0
@@ -86,8 +88,7 @@ def extend(config: Config, retry: set[str]) -> str:
 
 def _clear_unfinished(metadata: StageFolder, listed: int) -> None:
     """Takes away the shards of an edition that was never closed; they would be written just so again."""
-    for shard in sorted(metadata.committed())[listed:]:
-        metadata.record_path(shard).unlink()
+    metadata.forget(metadata.shards()[listed:])
     metadata.sweep()
 
 

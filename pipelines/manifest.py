@@ -21,8 +21,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,10 @@ class StageFolder:
     # -- plan ----------------------------------------------------------------------------------------------------
     def read_plan(self) -> dict[str, Any] | None:
         path = self.path / "plan.json"
-        return check_format(read_json(path), path) if path.exists() else None
+        try:
+            return check_format(read_json(path), path)
+        except FileNotFoundError:
+            return None
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         write_json(self.path / "plan.json", {"format": FORMAT, **plan})
@@ -256,9 +260,20 @@ class StageFolder:
         return read_record(self.record_path(shard))
 
     def committed(self) -> dict[int, Record]:
-        """Every shard's record, in shard order."""
-        shards = sorted(int(p.stem) for p in self.path.glob("[0-9]*.json"))
-        return {shard: record for shard in shards if (record := self.record(shard)) is not None}
+        """Every shard's record, in shard order. Raises ValueError naming a file that is none."""
+        return {shard: parse_record(data, self.record_path(shard)) for shard, data in self.record_files().items()}
+
+    def shards(self) -> list[int]:
+        """The shards that have a record, sound or not, in order."""
+        return sorted(int(path.stem) for path in self.path.glob("[0-9]*.json"))
+
+    def record_files(self) -> dict[int, bytes]:
+        """What lies where the shards' records should, sound or not, in shard order."""
+        found = {}
+        for shard in self.shards():
+            with suppress(FileNotFoundError):
+                found[shard] = self.record_path(shard).read_bytes()
+        return found
 
     def missing_files(self, records: Iterable[Record]) -> dict[int | None, list[str]]:
         """By shard, the files that its record names and that are absent or have another size; hashes are for verify."""
@@ -273,9 +288,18 @@ class StageFolder:
         """A committed data file on this machine, to be opened now."""
         return self.path / name
 
+    def readable(self, name: str) -> Path | BytesIO:
+        """A committed data file that is read once, as pyarrow takes it: where it lies, or what it holds."""
+        return self.path / name
+
     def stored(self, name: str, record: Record) -> StoredFile | None:
         """What has to be fetched before a data file can be read; None: nothing."""
         return None
+
+    @contextmanager
+    def as_it_lies(self, record: Record) -> Iterator[Path]:
+        """A folder on this machine with the data files of a record just as they lie now, damaged or not."""
+        yield self.path
 
     @contextmanager
     def attempt(self, shard: int | None, fingerprint: str) -> Iterator[Attempt]:
@@ -304,14 +328,18 @@ class StageFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return len(orphans)
 
-    def clear(self, shards: list[int] | None = None) -> None:
+    def clear(self, shards: list[int | None] | None = None) -> None:
         """Removes the given shards, or everything; only ever called for `overwrite=true`. Records go first."""
         (self.path / "manifest.parquet").unlink(missing_ok=True)
-        for shard in shards or ():
-            self.record_path(shard).unlink(missing_ok=True)
+        self.forget(shards or [])
         for path in self.path.glob("*") if shards is None else ():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def forget(self, shards: list[int | None]) -> None:
+        """Removes the records of shards, which makes them undone."""
+        for shard in shards:
+            self.record_path(shard).unlink(missing_ok=True)
 
     # -- manifest ------------------------------------------------------------------------------------------------
     def close(
@@ -353,13 +381,13 @@ class StageFolder:
         import pyarrow.parquet as pq
 
         path = self.path / "manifest.parquet"
-        if not path.exists():
-            return None
         try:
             # In this thread alone: Arrow's threads may drop the last hold of a Python buffer while the interpreter
             # ends, and that aborts the process ("terminate called without an active exception").
             table = pq.ParquetFile(pa.BufferReader(read(path))).read(use_threads=False)
             metadata = json.loads(table.schema.metadata[b"ldm"])
+        except FileNotFoundError:
+            return None
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest ({error}); remove it and run the stage again") from error
         return {**check_format(metadata, path), "shards": table.to_pylist()}

@@ -19,8 +19,8 @@ ROWS = 1 << 14  # that are held at once
 ENDING_BYTES = 8  # of a parquet file: the length of its footer, and PAR1
 
 
-def mended(file: str, path: Path, columns: list[str], url: str) -> str:
-    """Writes the columns of a file anew, with NOT_UTF8 in column `url` of rows with broken text; returns the path."""
+def mended(file: Path, path: Path, columns: list[str], url: str) -> None:
+    """Writes the columns of a file anew, with NOT_UTF8 in column `url` of rows with broken text."""
     with pq.ParquetFile(file, metadata=_plain_metadata(file)) as source:
         writer = None
         for batch in source.iter_batches(ROWS, columns=columns):
@@ -29,10 +29,9 @@ def mended(file: str, path: Path, columns: list[str], url: str) -> str:
             writer.write_table(table)
         if writer is not None:
             writer.close()
-    return str(path)
 
 
-def _plain_metadata(file: str) -> pq.FileMetaData:
+def _plain_metadata(file: Path) -> pq.FileMetaData:
     """What a file says of itself, without Arrow's own schema: it may name types that run code when they are read."""
     with open(file, "rb") as source:
         source.seek(-ENDING_BYTES, io.SEEK_END)

@@ -13,7 +13,7 @@ from ldm.node_cache import NodeCache
 class SourceConfig:
     """Where the metadata lies and what its columns are called."""
 
-    metadata: str | None  # path or glob of files; null: the embedded web writes its own
+    metadata: str | None  # path or glob of files, s3://bucket/prefix/*.parquet too; null: the embedded web's own
     format: str  # of the files: parquet; or tsv, tab-separated without a header, with columns column0, column1, ...
     columns: dict[str, str | None]  # our name (url, caption, width, height, scores) -> name in the files; null: none
 

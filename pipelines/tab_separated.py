@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 LINES = 100_000  # that are held at once
 
 
-def as_parquet(file: str, path: Path, columns: dict[str, str]) -> str:
-    """Writes the file as parquet; returns the path. A column that a line does not reach is null."""
+def as_parquet(file: Path, path: Path, columns: dict[str, str]) -> None:
+    """Writes the file as parquet. A column that a line does not reach is null."""
     names = [f"column{i}" for i in range(1 + max(map(_number, columns.values())))]
     schema = pa.schema([(name, pa.string()) for name in names])
     with open(file, "rb") as lines, pq.ParquetWriter(path, schema) as writer:
@@ -24,7 +24,6 @@ def as_parquet(file: str, path: Path, columns: dict[str, str]) -> str:
             cells = [line.rstrip(b"\r\n").split(b"\t", len(names) - 1) for line in block]
             values = [[_text(row[i]) if i < len(row) else None for row in cells] for i in range(len(names))]
             writer.write_table(pa.table(values, schema=schema))
-    return str(path)
 
 
 def _text(cell: bytes) -> str:

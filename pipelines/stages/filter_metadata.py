@@ -13,12 +13,11 @@ columns as plain values: what a file says of extension types, which other reader
 
 from __future__ import annotations
 
-import glob
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,16 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import sample_web
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
 from pipelines.mended_text import mended
+from pipelines.metadata_files import SourceFile, at_hand, listed
 from pipelines.metadata_rules import DUPLICATES, NEEDED, SHAPE, Rule, check, deny_table, describe, quoted, rules
 from pipelines.settings import FilterMetadataConfig, SourceConfig
-from pipelines.tab_separated import as_parquet
 
 ROW_BITS = 40  # a row's place in the whole set: its file, then its row in this many bits
 NUMBER = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT",
@@ -65,7 +65,7 @@ def sources(job: Job) -> list[dict[str, Any]]:
     """The files that the stage reads, as its manifest lists them; the embedded web's own needs no mention."""
     if job.what["dataset.source"].metadata is None:
         return []
-    return [{"name": file, "bytes": Path(file).stat().st_size} for file in source_files(job)]
+    return [{"name": name, "bytes": size} for name, size in source_files(job).items()]
 
 
 def extend(job: Job, manifest: dict[str, Any], retried: Iterator[pa.Table]) -> dict[str, Any]:
@@ -73,14 +73,16 @@ def extend(job: Job, manifest: dict[str, Any], retried: Iterator[pa.Table]) -> d
 
     Rows of new files must repeat none of the old. Returns the funnel {rows, samples, dropped} of what is new.
     """
-    old, new = _old_and_new(sources(job), manifest["sources"])
+    found = {file["name"]: file["bytes"] for file in sources(job)}
+    old, new = _old_and_new(found, manifest["sources"])
     dropped: dict[str, int] = {}
     first_shard = 1 + max((row["shard"] for row in manifest["shards"]), default=-1)
     with ExitStack() as stack:
         tables = [retried]
         if new:
             scratch = stack.enter_context(job.output.attempt(None, job.fingerprint))
-            rows = stack.enter_context(MetadataSet([*old, *new], job, scratch.path))
+            files = {name: found[name] for name in (*old, *new)}
+            rows = stack.enter_context(MetadataSet(files, job, scratch.path))
             dropped = rows.judge(new_from=len(old))
             tables.append(_never_tried(table) for table in rows.kept(new_from=len(old)))
         samples = deal(job, chain(*tables), first_shard)
@@ -91,54 +93,44 @@ def _never_tried(table: pa.Table) -> pa.Table:
     return table.append_column("retry_of", pa.nulls(table.num_rows, pa.string()))
 
 
-def _old_and_new(found: list[dict[str, Any]], listed: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+def _old_and_new(found: dict[str, int], read: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """The files of closed editions, in their order, and the files that are new."""
-    sizes = {file["name"]: file["bytes"] for file in found}
-    for file in listed:
-        if sizes.get(file["name"]) != file["bytes"]:
+    for file in read:
+        if found.get(file["name"]) != file["bytes"]:
             raise ValueError(
-                f"{file['name']} has {sizes.get(file['name'], 'no')} bytes, expected {file['bytes']} as it was read: "
+                f"{file['name']} has {found.get(file['name'], 'no')} bytes, expected {file['bytes']} as it was read: "
                 f"rows of closed editions stay as they are. Put it back, and new rows into files of their own"
             )
-    old = [file["name"] for file in listed]
-    return old, [file["name"] for file in found if file["name"] not in old]
+    old = [file["name"] for file in read]
+    return old, [name for name in found if name not in old]
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
-def source_files(job: Job) -> list[str]:
-    """The metadata files in order; the embedded web writes its own first."""
+def source_files(job: Job) -> dict[str, int]:
+    """The bytes of every metadata file by its name, in order; the embedded web writes its own first."""
     source: SourceConfig = job.what["dataset.source"]
     if source.metadata is None:
         path = Path(job.how.run) / "sample_web" / "metadata.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         sample_web.write_metadata(job.what["dataset.sample_web"], path)
-        return [str(path)]
-    if source.format not in ("parquet", "tsv"):
-        raise ValueError(f"dataset.source.format={source.format}; expected parquet or tsv")
-    files = sorted(glob.glob(source.metadata))
-    if not files:
-        raise FileNotFoundError(
-            f"no metadata at dataset.source.metadata={source.metadata} (a path or a glob of {source.format} files)"
-        )
-    return files
+        return {str(path): path.stat().st_size}
+    return listed(source)
 
 
 class MetadataSet:
     """The rows of all files in a database of their own, which spills into a folder instead of filling memory."""
 
-    def __init__(self, files: list[str], job: Job, scratch: Path) -> None:
+    def __init__(self, files: dict[str, int], job: Job, scratch: Path) -> None:
         source, limits = job.what["dataset.source"], job.how.cluster.filter_metadata
         self.settings: FilterMetadataConfig = job.what["dataset.filter_metadata"]
         self.columns = {name: column for name, column in source.columns.items() if column is not None}
         self.files, self.scratch = files, scratch
-        if source.format == "tsv" and source.metadata is not None:
-            self.files = [as_parquet(file, scratch / f"{i}.parquet", self.columns) for i, file in enumerate(files)]
+        self.is_tsv = source.format == "tsv" and source.metadata is not None
         self.database = duckdb.connect(":memory:", config={
             "temp_directory": str(scratch), "threads": limits.threads, "memory_limit": f"{limits.memory_bytes}B",
             "preserve_insertion_order": True, "autoinstall_known_extensions": False,
         })  # fmt: skip
         self.database.execute("SET enable_progress_bar = false")
-        self.types = self._types(self.files[0])
         self.rules = rules(self.settings, set(self.columns))
 
     def __enter__(self) -> MetadataSet:
@@ -147,7 +139,7 @@ class MetadataSet:
     def __exit__(self, *_: object) -> None:
         self.database.close()
 
-    def _types(self, file: str) -> dict[str, str]:
+    def _types(self, file: SourceFile) -> dict[str, str]:
         """Our columns' types, as the shards hold them, from the first file; numbers that come as text become such.
 
         Raises ValueError showing found and expected when a file lacks a column, or holds no text where text must be.
@@ -159,35 +151,41 @@ class MetadataSet:
                 types[name] = "DOUBLE"
         return types
 
-    def _found(self, file: str) -> dict[str, str]:
+    def _found(self, file: SourceFile) -> dict[str, str]:
         """The columns of a file and their types, checked against those that are mapped."""
         with _reading(file):
-            asked = self.database.execute(f"DESCRIBE SELECT * FROM read_parquet({quoted(file)})").fetchall()
+            asked = self.database.execute(f"DESCRIBE SELECT * FROM read_parquet({quoted(str(file.path))})").fetchall()
         found = {name: kind for name, kind, *_ in asked}
         expected = ", ".join(f"{column} (our {name})" for name, column in self.columns.items())
         hint = f"expected {expected}; say what they are called there with dataset.source.columns"
         if missing := [column for column in self.columns.values() if column not in found]:
-            raise ValueError(f"{file} has no column {', '.join(missing)}; it has {', '.join(found)}; {hint}")
+            raise ValueError(f"{file.name} has no column {', '.join(missing)}; it has {', '.join(found)}; {hint}")
         for name in NEEDED:
             if (kind := found[self.columns[name]]) != "VARCHAR":
-                raise ValueError(f"{file}: column {self.columns[name]} holds {kind}, expected text; {hint}")
+                raise ValueError(f"{file.name}: column {self.columns[name]} holds {kind}, expected text; {hint}")
         return found
 
     # -- what falls ---------------------------------------------------------------------------------------------------
     def judge(self, new_from: int = 0) -> dict[str, int]:
         """Judges all rows; returns those of the files from number `new_from` on that fall, by reason."""
         self._load_deny_lists()
-        kinds = ", ".join(f"{name} {kind}" for name, kind in self.types.items())
-        self.database.execute(f"CREATE TABLE rows (place BIGINT, fate UTINYINT, same UHUGEINT, {kinds})")
-        for number, file in enumerate(self.files):
-            self._found(file)
-            with _reading(file):
-                self._judge_any_file(number, file)
+        with closing(at_hand(self.files, self.columns if self.is_tsv else None, self.scratch)) as files:
+            for number, file in enumerate(files):
+                if number == 0:
+                    self._begin(self._types(file))
+                self._found(file)
+                with _reading(file):
+                    self._judge_any_file(number, file.path)
         counts = self.database.execute(
             f"SELECT fate, count(*) FROM rows WHERE fate > 0 AND place >= {_place(new_from)} GROUP BY fate"
         )
         dropped = Counter({self.rules[fate - 1].reason: count for fate, count in counts.fetchall()})
         return dict(sorted((dropped + self._find_duplicates(new_from)).items()))
+
+    def _begin(self, types: dict[str, str]) -> None:
+        self.types = types
+        kinds = ", ".join(f"{name} {kind}" for name, kind in types.items())
+        self.database.execute(f"CREATE TABLE rows (place BIGINT, fate UTINYINT, same UHUGEINT, {kinds})")
 
     def _load_deny_lists(self) -> None:
         """One value a line: URLs, hashes in hex, or whatever the column of that name holds."""
@@ -197,28 +195,29 @@ class MetadataSet:
             listed = pa.table({"value": pa.array(sorted(values), pa.string())})  # noqa: F841 (DuckDB sees it by name)
             self.database.execute(f"CREATE TABLE {deny_table(name)} AS SELECT value FROM listed")
 
-    def _judge_file(self, number: int, file: str) -> None:
+    def _judge_file(self, number: int, path: Path) -> None:
         """Adds the rows of one file, of those that fall only their place and the number of the rule."""
         names = ", ".join(f'TRY_CAST("{column}" AS {self.types[name]}) AS {name}'
                           for name, column in self.columns.items())
         kept = ", ".join(f"CASE WHEN fate = 0 THEN {value} END" for value in ("md5_number(url)", *self.columns))
-        read = f"SELECT {names}, file_row_number FROM read_parquet({quoted(file)}, file_row_number = true)"
+        read = f"SELECT {names}, file_row_number FROM read_parquet({quoted(str(path))}, file_row_number = true)"
         judged = f"SELECT *, {_fate(self.rules)} AS fate FROM ({read})"
         self.database.execute(
             f"INSERT INTO rows SELECT {_place(number)} + file_row_number, fate, {kept} FROM ({judged})"
         )
 
-    def _judge_any_file(self, number: int, file: str) -> None:
+    def _judge_any_file(self, number: int, path: Path) -> None:
         """The same, also for a file with text that is not UTF-8; the rows that have it fall."""
         try:
-            return self._judge_file(number, file)
+            return self._judge_file(number, path)
         except duckdb.InvalidInputException as error:
             if "UTF8" not in str(error):
                 raise
         columns = list(dict.fromkeys(self.columns.values()))
-        path = self.scratch / f"mended-{number}.parquet"
-        self._judge_file(number, mended(file, path, columns, self.columns["url"]))
-        path.unlink()
+        copy = self.scratch / f"mended-{number}.parquet"
+        mended(path, copy, columns, self.columns["url"])
+        self._judge_file(number, copy)
+        copy.unlink()
 
     def _find_duplicates(self, new_from: int) -> Counter[str]:
         """Fills `duplicates` with the places of rows that repeat an earlier one; counts those of the new files."""
@@ -257,7 +256,7 @@ class MetadataSet:
 
 
 @contextmanager
-def _reading(file: str) -> Iterator[None]:
+def _reading(file: SourceFile) -> Iterator[None]:
     """Names the file when it cannot be read: cut off, damaged, or no parquet."""
     try:
         yield
@@ -265,7 +264,7 @@ def _reading(file: str) -> Iterator[None]:
         if isinstance(error, duckdb.OutOfMemoryException):
             raise
         first = str(error).splitlines()[0]
-        raise ValueError(f"{file} cannot be read as parquet: {first} Replace it, or move it away") from error
+        raise ValueError(f"{file.name} cannot be read as parquet: {first} Replace it, or move it away") from error
 
 
 def _place(file: int) -> str:
@@ -311,8 +310,12 @@ def _cut(tables: Iterator[pa.Table], shard_samples: int) -> Iterator[pa.Table]:
 
 def _commit(job: Job, shard: int, table: pa.Table) -> Record:
     digits = key_digits(job.what["dataset.filter_metadata"].shard_samples)
-    keys = pa.array([f"{shard_name(shard)}{row:0{digits}d}" for row in range(table.num_rows)])
+    rows = pc.utf8_lpad(pa.array(np.arange(table.num_rows)).cast(pa.string()), digits, "0")
+    keys = pc.binary_join_element_wise(shard_name(shard), rows, "")
     with job.output.attempt(shard, job.fingerprint) as attempt:
         path = attempt.path / f"{shard_name(shard)}.parquet"
-        pq.write_table(table.add_column(0, "key", keys).combine_chunks(), path, compression="zstd")
+        # No dictionaries of keys, URLs and captions: hardly any comes twice.
+        others = [name for name in table.column_names if name not in NEEDED]
+        pq.write_table(table.add_column(0, "key", keys).combine_chunks(), path, compression="zstd",
+                       use_dictionary=others)
         return attempt.commit(rows=table.num_rows, samples=table.num_rows, dropped={}, inputs={})
