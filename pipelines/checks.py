@@ -1,8 +1,9 @@
-"""What can be wrong with finished work on disk: each check says where, what was found and what was expected.
+"""What can be wrong with finished work: each check says where, what was found and what was expected.
 
 A shard is sound when its record is as it was written, every file has the bytes and the sha256 that the record names,
 and what lies in the files is what the stage promises: for latents every row of the index, every crc32, every array's
-shape, dtype and finiteness, every caption. Nothing here imports torch but for a train folder's checkpoints.
+shape, dtype and finiteness, every caption. On an object store it is the bytes there that count, whatever the node keeps
+of them. Nothing here imports torch but for a train folder's checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from typing import Any
 import numpy as np
 
 from ldm.shards import INDEX_ROW, CorruptSample, decode_array, iterate_tar, sample_members
-from pipelines.manifest import Record, StageFolder, edition_digest, fingerprint, sha256_file, shard_name, sum_funnel
+from ldm.storage import exists
+from pipelines.bucket import folder_at
+from pipelines.manifest import (
+    Record,
+    StageFolder,
+    edition_digest,
+    fingerprint,
+    parse_record,
+    sha256_file,
+    shard_name,
+    sum_funnel,
+)
 
 PLAN, MANIFEST = "plan.json", "manifest.parquet"
 
@@ -44,7 +56,7 @@ class Finding:
 class Shard:
     """A shard to check, or with `number` None the one result of a stage; small enough to send to a process."""
 
-    path: str  # the stage's folder
+    path: str  # the stage's folder, on disk or on an object store
     stage: str
     number: int | None
     plan: dict[str, Any]
@@ -52,7 +64,7 @@ class Shard:
 
 def check_shard(shard: Shard) -> list[Finding]:
     """Everything that is wrong with one shard."""
-    folder = StageFolder(shard.path, shard.stage)
+    folder = folder_at(shard.path, shard.stage)
     name = folder.record_path(shard.number).name
 
     def finding(file: str, found: object, expected: object, sample: str = "") -> Finding:
@@ -71,27 +83,30 @@ def check_shard(shard: Shard) -> list[Finding]:
                  for read, was, now in _changed_inputs(folder, record)]
     for file in _ungrouped(record):
         findings.append(finding(name, f"a file {file}", f"files of shard {shard_name(record.shard or 0)} only"))
+    with folder.as_it_lies(record) as files:
+        return findings + [finding(*problem) for problem in _content_problems(files, record, shard.plan)]
+
+
+def _content_problems(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(file, found, expected, sample) of what is wrong with a shard's data files, which lie in a folder."""
     whole = True
     for file, info in record.files.items():
-        for found, expected in _file_problems(folder / file, info):
-            findings.append(finding(file, found, expected))
+        for found, expected in _file_problems(files / file, info):
+            yield file, found, expected, ""
             whole = whole and found != "nothing"
-    content = CONTENT.get(shard.stage)
+    content = CONTENT.get(plan["stage"])
     if whole and content is not None:
-        findings += [finding(file, found, expected, key) for file, key, found, expected
-                     in content(folder, record, shard.plan)]
-    return findings
+        yield from ((file, found, expected, key) for file, key, found, expected in content(files, record, plan))
 
 
 def _changed_inputs(folder: StageFolder, record: Record) -> Iterator[tuple[str, str, str]]:
     """Inputs, as far as they lie beside the stage, that are not what the record was made from."""
     for read, digest in record.inputs.items():
         stage, _, shard = read.partition("/")
-        beside = StageFolder(folder.path.parent / stage, stage)
-        if not shard or not beside.record_path(int(shard)).exists():
+        if not shard:
             continue
         try:
-            there = beside.record(int(shard))
+            there = folder_at(folder.path.parent / stage, stage).record(int(shard))
         except ValueError:
             continue  # is found when that stage is checked
         if there is not None and there.digest != digest:
@@ -119,18 +134,18 @@ def _file_problems(path: Path, info: dict[str, Any]) -> Iterator[tuple[str, str]
 Problem = tuple[str, str, str, str]  # file, sample, found, expected
 
 
-def latents(folder: StageFolder, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
+def latents(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
     """Every sample of every tar of a latent shard, against its index, its crc32 and the autoencoder's shape."""
     pairs = [(file, file.removesuffix(".tar") + ".index") for file in record.files if file.endswith(".tar")]
     counts = record.facts.get("folders") or {str(Path(tar).parent): record.samples for tar, _ in pairs}
     for tar, index in pairs:
         samples = counts.get(str(Path(tar).parent))
-        data = (folder / index).read_bytes() if (folder / index).is_file() else b""
+        data = (files / index).read_bytes() if (files / index).is_file() else b""
         if samples is None or len(data) != samples * INDEX_ROW.itemsize:
             yield index, "", f"{len(data) / INDEX_ROW.itemsize:g} rows", f"{samples}"
         rows = np.frombuffer(data[: len(data) // INDEX_ROW.itemsize * INDEX_ROW.itemsize], INDEX_ROW)
         yield from _index_problems(index, rows, record)
-        yield from _tar_problems(folder / tar, tar, rows, _expected_array(plan, Path(tar).parent.name))
+        yield from _tar_problems(files / tar, tar, rows, _expected_array(plan, Path(tar).parent.name))
 
 
 def _index_problems(index: str, rows: np.ndarray, record: Record) -> Iterator[Problem]:
@@ -189,11 +204,11 @@ def _expected_array(plan: dict[str, Any], folder: str) -> tuple[str, tuple[int, 
     return ("moments.npy" if kl else "latent.npy"), (channels, sides[0], sides[-1])
 
 
-def pictures(folder: StageFolder, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
+def pictures(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
     """The samples of a tar of downloaded pictures."""
     for tar in (file for file in record.files if file.endswith(".tar")):
         try:
-            keys = [key for key, _ in iterate_tar(folder / tar)]
+            keys = [key for key, _ in iterate_tar(files / tar)]
         except (CorruptSample, tarfile.TarError, OSError) as error:
             yield tar, "", str(error), "a tar of plain files"
             continue
@@ -201,15 +216,15 @@ def pictures(folder: StageFolder, record: Record, plan: dict[str, Any]) -> Itera
             yield tar, "", f"{len(keys)} samples", f"{record.samples}"
 
 
-def rows_of_parquet(folder: StageFolder, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
+def rows_of_parquet(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
     """The rows of a shard of metadata or of verdicts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    expected = record.rows if folder.stage == "filter_images" else record.samples
+    expected = record.rows if record.stage == "filter_images" else record.samples
     name = f"{shard_name(record.shard or 0)}.parquet"
     try:
-        found = pq.read_table(folder / name).num_rows
+        found = pq.read_table(files / name).num_rows
     except (pa.ArrowInvalid, OSError) as error:
         yield name, "", str(error), "a parquet file"
         return
@@ -217,16 +232,16 @@ def rows_of_parquet(folder: StageFolder, record: Record, plan: dict[str, Any]) -
         yield name, "", f"{found} rows", f"{expected}"
 
 
-def checkpoints(folder: StageFolder, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
+def checkpoints(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:
     """Every checkpoint that a training run keeps, by the hashes of its own manifest."""
     from ldm.training.checkpoint import problems
 
-    for path in sorted(folder.path.glob("step-*")):
+    for path in sorted(files.glob("step-*")):
         for problem in problems(path):
             yield path.name, "", problem, "a whole checkpoint"
 
 
-CONTENT: dict[str, Callable[[StageFolder, Record, dict[str, Any]], Iterator[Problem]]] = {
+CONTENT: dict[str, Callable[[Path, Record, dict[str, Any]], Iterator[Problem]]] = {
     "filter_metadata": rows_of_parquet,
     "download": pictures,
     "filter_images": rows_of_parquet,
@@ -277,9 +292,9 @@ def _row_findings(stage: str, rows: list[dict[str, Any]], records: dict[int, Rec
 def readable_records(folder: StageFolder) -> dict[int, Record]:
     """The records of a stage that are whole, by shard."""
     records = {}
-    for path in sorted(folder.path.glob("[0-9]*.json")):
+    for shard, data in folder.record_files().items():
         try:
-            records[int(path.stem)] = folder.record(int(path.stem))
+            records[shard] = parse_record(data, folder.record_path(shard))
         except ValueError:
             continue  # check_shard says what is wrong with it
     return records
@@ -287,7 +302,7 @@ def readable_records(folder: StageFolder) -> dict[int, Record]:
 
 def shards_of(folder: StageFolder) -> list[int | None]:
     """The shards that a stage has or, by its manifest, should have; [None] for a stage with one result."""
-    numbers = {int(path.stem) for path in folder.path.glob("[0-9]*.json")}
+    numbers = set(folder.shards())
     try:
         manifest = folder.manifest()
     except ValueError:
@@ -296,4 +311,4 @@ def shards_of(folder: StageFolder) -> list[int | None]:
         numbers |= {row["shard"] for row in manifest["shards"]}
     if numbers or manifest is not None:
         return sorted(numbers)
-    return [None] if folder.record_path(None).exists() else []
+    return [None] if exists(folder.record_path(None)) else []

@@ -3,20 +3,24 @@
     python -m pipelines.inspect path=PATH
 
 PATH may be a file of weights (.ckpt, .safetensors, .pt, .pth, .bin, .safetensors.index.json), a folder of diffusers or
-one network of it, a checkpoint (step-00001000), a stage's folder, a shard of latents, or a run's. Of weights it tells
-the parts, how many parameters they and their averages have, which file of conf/ fits them, and what else there is; of
-latents it tells statistics and draws samples beside their captions. Nothing is executed.
+one network of it, a checkpoint (step-00001000), a stage's folder, a shard of latents, or a run's; the last three also
+as s3://bucket/prefix. Of weights it tells the parts, how many parameters they and their averages have, which file of
+conf/ fits them, and what else there is; of latents it tells statistics and draws samples beside their captions. Nothing
+is executed.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+from ldm.storage import check, exists, is_remote, place
 from pipelines import inspect_weights, latent_sheet
+from pipelines.bucket import folder_at, homes_below
 from pipelines.manifest import Record, StageFolder, sum_funnel
 
+PLAN = "plan.json"
 MENDABLE = 2  # exit code of everything that the caller can mend
 
 
@@ -34,21 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def asked_path(arguments: list[str]) -> Path:
+def asked_path(arguments: list[str]) -> Any:
     """The path of `path=PATH`."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
     if set(given) != {"path"} or not given["path"]:
         raise ValueError(f"it takes path=PATH and was given {' '.join(arguments) or 'nothing'}")
-    return Path(given["path"])
+    path = place(given["path"])
+    check(path, "path")
+    return path
 
 
-def describe(path: Path) -> list[str]:
+def describe(path: Any) -> list[str]:
     """What is at a path, in lines."""
-    if not path.exists():
+    if not is_remote(path) and not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}")
-    for recognised, lines_of in KINDS:
+    for recognised, lines_of in RESULTS if is_remote(path) else WEIGHTS + RESULTS:
         if recognised(path):
             return lines_of(path)
+    if is_remote(path):
+        raise ValueError(f"{path} is no run, no stage and no shard of latents: no {PLAN} in it, below it or above it")
     inside = ", ".join(sorted(child.name for child in path.iterdir())[:8]) if path.is_dir() else "no folder"
     raise ValueError(
         f"{path} is nothing that is known here: no file of weights, no folder with model_index.json, config.json, "
@@ -57,18 +65,18 @@ def describe(path: Path) -> list[str]:
 
 
 # ---- results of stages --------------------------------------------------------------------------------------------
-def is_stage(path: Path) -> bool:
-    return (path / "plan.json").is_file()
+def is_stage(path: Any) -> bool:
+    return exists(path / PLAN)
 
 
-def holds_stages(path: Path) -> bool:
+def holds_stages(path: Any) -> bool:
     """A run's folder, or that of a stage that keeps one folder for each fingerprint."""
-    return path.is_dir() and any(is_stage(child) or holds_stages(child) for child in path.iterdir() if child.is_dir())
+    return bool(homes_below(path, (PLAN,)))
 
 
-def describe_stage(path: Path) -> list[str]:
+def describe_stage(path: Any) -> list[str]:
     """Whose results they are, how far they got, and how many samples came through."""
-    folder = StageFolder(path, path.name)
+    folder = folder_at(path, path.name)
     plan = folder.read_plan()
     shards, whole = folder.committed(), folder.record()
     lines = [f"{path}: results of stage {plan['stage']}, fingerprint {plan['fingerprint'][:8]}"]
@@ -80,6 +88,8 @@ def describe_stage(path: Path) -> list[str]:
         lines.append(f"  not finished; shards committed: {len(shards)}")
     records = list(shards.values()) if whole is None else [whole]
     lines += _funnel_lines(folder, records) if records else []
+    if is_remote(path):
+        return lines
     checkpoints = sorted(child.name for child in path.glob("step-*") if (child / "COMMITTED").is_file())
     return lines + ([f"  checkpoints: {', '.join(checkpoints)}"] if checkpoints else [])
 
@@ -93,33 +103,36 @@ def _funnel_lines(folder: StageFolder, records: list[Record]) -> list[str]:
     return lines + ([f"  missing or of another size: {', '.join(wrong)}"] if wrong else [])
 
 
-def describe_latents(path: Path) -> list[str]:
+def describe_latents(path: Any) -> list[str]:
     """A cache of latents, or one shard of it: besides what every stage has, statistics and a sheet of pictures."""
     head = describe_stage(path) if is_stage(path) else [f"{path}: a shard of latents"]
     return [*head, *latent_sheet.describe(path)]
 
 
-def describe_run(path: Path) -> list[str]:
+def describe_run(path: Any) -> list[str]:
     """The stages in a folder, a line each; each can be asked after by itself."""
-    lines = [f"{path}: results of"]
-    for child in sorted(child for child in path.iterdir() if child.is_dir()):
-        if is_stage(child):
-            lines.append(f"  {child.name}: {describe_stage(child)[1].strip()}")
-        elif holds_stages(child):
-            lines.append(f"  {child.name}: {sum(map(is_stage, child.iterdir()))} results")
+    lines, homes = [f"{path}: results of"], homes_below(path, (PLAN,))
+    inside = {home: home if home.parent == path else home.parent for home in homes}
+    for child in dict.fromkeys(inside.values()):
+        count = sum(each == child for each in inside.values())
+        said = describe_stage(child)[1].strip() if child in homes else f"{count} results"
+        lines.append(f"  {child.name}: {said}")
     return lines
 
 
 # What a path may be, in the order of asking: whether it is that, and what there is to say of it. Another kind of file
 # is another row.
-KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], list[str]]]] = [
+Kind = tuple[Callable[[Any], bool], Callable[[Any], list[str]]]
+WEIGHTS: list[Kind] = [
     (inspect_weights.is_checkpoint, inspect_weights.describe_checkpoint),
     (inspect_weights.is_pipeline, inspect_weights.describe_pipeline),
     (inspect_weights.is_network, inspect_weights.describe_network),
+    (inspect_weights.is_file, inspect_weights.describe_file),
+]
+RESULTS: list[Kind] = [
     (latent_sheet.is_latents, describe_latents),
     (is_stage, describe_stage),
     (holds_stages, describe_run),
-    (inspect_weights.is_file, inspect_weights.describe_file),
 ]
 
 

@@ -2,7 +2,7 @@
 
 `python -m pipelines.inspect path=PATH` calls it for the folder of precompute_latents and for any file of one of its
 shards. The autoencoder is found by the hash that the cache's plan names, never by a path alone: latents decoded by
-another one look almost right.
+another one look almost right. Of a cache on an object store a few shards are fetched, and nothing is put there.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from ldm.shards import ShardInfo, ShardReader, decode_array
+from ldm.node_cache import NodeCache
+from ldm.shards import ShardInfo, decode_array, open_shard
+from ldm.storage import exists, is_remote
+from pipelines.bucket import folder_at
 from pipelines.manifest import Record, StageFolder, read_json, sha256_file, shard_name, write_whole
 
 STAGE = "precompute_latents"
 PICTURES, COLUMNS = 24, 6  # on a sheet
 SAMPLES = 2000  # whose latents are measured, spread evenly over those asked for
+FETCHED = 8  # shards of a cache on an object store, spread evenly too
 
 
-def is_latents(path: Path) -> bool:
+def is_latents(path: Any) -> bool:
     """Whether it is the folder of precompute_latents or a file of one of its shards."""
     return _home(path) is not None
 
 
-def _home(path: Path) -> Path | None:
-    inside = [path] if path.is_dir() else list(path.parents)[:2] if re.match(r"\d{6,}\.", path.name) else []
-    plans = [folder for folder in inside if (folder / "plan.json").is_file()]
+def _home(path: Any) -> Any:
+    """The folder of precompute_latents that a path is, or in which it is a shard's file; None: neither."""
+    inside = list(path.parents)[:2] if re.match(r"\d{6,}\.", path.name) else [path]
+    plans = [folder for folder in inside if exists(folder / "plan.json")]
     return plans[0] if plans and read_json(plans[0] / "plan.json").get("stage") == STAGE else None
 
 
@@ -58,19 +63,22 @@ class Measured:
         return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
-def describe(path: Path) -> list[str]:
-    """Statistics of a cache or of one of its shards, in lines; a sheet is written beside it, as the last line says."""
-    path = path.absolute()
+def describe(path: Any) -> list[str]:
+    """Statistics of a cache or of one of its shards, in lines; where the sheet is, the last line says."""
+    path = path if is_remote(path) else path.absolute()
     home = _home(path)
     if home is None:
         raise ValueError(f"{path} is neither the folder of {STAGE} nor a file of one of its shards")
-    folder, plan = StageFolder(home, STAGE), read_json(home / "plan.json")
+    folder, plan = folder_at(home, STAGE), read_json(home / "plan.json")
     shards = None if path == home else [int(re.match(r"\d+", path.name)[0])]  # type: ignore[index]
     records = folder.committed() if shards is None else {n: folder.record(n) for n in shards}
     channels = plan["what"]["autoencoder.network"]["latent_channels"]
     lines, pictures = [], []
+    if folder.cache is not None and len(records) > FETCHED:
+        lines.append(f"  {FETCHED} of {len(records):,} shards are fetched and measured")
+        records = {shard: records[shard] for shard in spread(list(records), FETCHED)}
     for name, infos in sorted(_by_folder(folder, records).items()):
-        measured = measure(infos, channels)
+        measured = measure(infos, channels, folder.cache)
         lines += _lines(name, infos, measured)
         pictures.append((name, measured.shown))
     lines += [f"  decoded back, worst shard: {min(psnrs):.1f} dB"] if (psnrs := _psnrs(records)) else []
@@ -78,7 +86,8 @@ def describe(path: Path) -> list[str]:
     if weights is None or not any(shown for _, shown in pictures):
         given = plan["what"]["autoencoder.weights"] or "those of train_autoencoder"
         return [*lines, f"  no sheet: the autoencoder's weights, {given[:12]}, are in no place that is known here"]
-    target = home / ("sheet.png" if shards is None else f"sheet-{shard_name(shards[0])}.png")
+    beside = Path.cwd() if is_remote(home) else home
+    target = beside / ("sheet.png" if shards is None else f"sheet-{shard_name(shards[0])}.png")
     write_whole(target, draw(pictures, plan, weights))
     return [*lines, f"  decoded beside their captions: {target}"]
 
@@ -90,19 +99,20 @@ def _by_folder(folder: StageFolder, records: dict[int, Record]) -> dict[str, lis
         counts = record.facts.get("folders", {})
         for tar in (file for file in record.files if file.endswith(".tar")):
             index, name = tar.removesuffix(".tar") + ".index", str(Path(tar).parent)
+            stored = tuple(file for each in (tar, index) if (file := folder.stored(each, record)))
             info = ShardInfo(str(folder / tar), str(folder / index), counts.get(name, record.samples), record.digest,
-                             record.files[index]["sha256"])  # fmt: skip
+                             record.files[index]["sha256"], stored)  # fmt: skip
             found.setdefault(name, []).append(info)
     return found
 
 
-def measure(infos: list[ShardInfo], channels: int) -> Measured:
+def measure(infos: list[ShardInfo], channels: int, cache: NodeCache | None) -> Measured:
     """Reads up to SAMPLES samples, each checked, spread evenly over some shards."""
     total = sum(info.samples for info in infos)
     chosen = spread(list(range(total)), SAMPLES)
     shown = set(spread(chosen, PICTURES))
     measured = Measured()
-    for number, key, fields in _read(infos, set(chosen)):
+    for number, key, fields in _read(infos, set(chosen), cache):
         array = decode_array(fields.get("moments.npy") or fields["latent.npy"])
         measured.add(key, fields["txt"].decode(), array[:channels], number in shown)
     return measured
@@ -113,12 +123,14 @@ def spread(numbers: list[int], count: int) -> list[int]:
     return [numbers[i] for i in np.linspace(0, len(numbers) - 1, min(len(numbers), count)).astype(int)]
 
 
-def _read(infos: list[ShardInfo], chosen: set[int]) -> Iterator[tuple[int, str, dict[str, bytes]]]:
+def _read(
+    infos: list[ShardInfo], chosen: set[int], cache: NodeCache | None
+) -> Iterator[tuple[int, str, dict[str, bytes]]]:
     first = 0
     for info in infos:
         wanted = [number for number in range(first, first + info.samples) if number in chosen]
         if wanted:
-            reader = ShardReader(info)
+            reader = open_shard(info, cache)
             for number in wanted:
                 yield number, reader.rows["key"][number - first].decode(), reader.read(number - first)
             reader.close()
@@ -152,13 +164,13 @@ def find_weights(folder: StageFolder, plan: dict[str, Any]) -> Path | None:
     from pipelines.dag import ROOT
 
     wanted = plan["what"]["autoencoder.weights"]
-    trained = folder.path.parent / "train_autoencoder" / "autoencoder.safetensors"
+    beside = [] if is_remote(folder.path) else [folder.path.parent / "train_autoencoder" / "autoencoder.safetensors"]
     if wanted is None:
-        return trained if trained.is_file() else None
-    runs = read_json(folder / "run.json")["runs"] if (folder / "run.json").exists() else []
+        return next((path for path in beside if path.is_file()), None)
+    runs = read_json(folder / "run.json")["runs"] if exists(folder / "run.json") else []
     named = [word.partition("=")[2] for run in runs for word in shlex.split(run["command"])
              if word.startswith("autoencoder.weights=")]  # fmt: skip
-    candidates = [*sorted((ROOT / "ldm/weights").glob("*.safetensors")), trained, *(ROOT / name for name in named)]
+    candidates = [*sorted((ROOT / "ldm/weights").glob("*.safetensors")), *beside, *(ROOT / name for name in named)]
     return next((path for path in candidates if path.is_file() and sha256_file(path) == wanted), None)
 
 

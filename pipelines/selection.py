@@ -13,8 +13,9 @@ reason is for samples of held-out shards that look like one that is trained on.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from pipelines.settings import SelectionConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
+READERS = 16  # shards whose parquet is read at once: an object store takes long to answer, and answers many at a time
 Shard = Any  # a shard's number, or (cache, number) where several caches are mixed
 # What a line of a removal list may be: the sample's name, its address, or a hash of the file as it came or is stored.
 REMOVED_BY = ("key", "url", "md5_of_source", "sha256_of_source", "sha256", "hash")
@@ -39,9 +41,11 @@ def samples(metadata: StageFolder, images: StageFolder, shard: int) -> pa.Table:
     import pyarrow.parquet as pq
 
     name = f"{shard_name(shard)}.parquet"
-    names = [name for name in pq.read_schema(images.data(name)).names if name != "embedding"]
-    kept = pq.read_table(images.data(name), columns=names).filter(pc.field("verdict") == "")
-    known = pq.read_table(metadata.data(name))
+    with pq.ParquetFile(images.readable(name)) as verdicts:
+        names = [name for name in verdicts.schema_arrow.names if name != "embedding"]
+        kept = verdicts.read(names, use_threads=False).filter(pc.field("verdict") == "")
+    with pq.ParquetFile(metadata.readable(name)) as rows:
+        known = rows.read(use_threads=False)
     known = known.take(pc.index_in(kept["key"], known["key"]))
     for column in known.column_names:
         if column not in names:
@@ -196,6 +200,13 @@ def read_selection(path: Path) -> dict[int, np.ndarray]:
 
 
 def all_samples(metadata: StageFolder, images: StageFolder, shards: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """(shard, what is known of its samples), shard by shard."""
-    for shard in shards:
-        yield shard, samples(metadata, images, shard)
+    """(shard, what is known of its samples), in the order of the shards; READERS of them are read at once."""
+    with ThreadPoolExecutor(READERS) as readers:
+        coming = deque[tuple[int, Future[Any]]]()
+        for shard in shards:
+            coming.append((shard, readers.submit(samples, metadata, images, shard)))
+            if len(coming) > READERS:
+                first, table = coming.popleft()
+                yield first, table.result()
+        for shard, table in coming:
+            yield shard, table.result()

@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ldm.storage import StorageError, read
+from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, compose
-from pipelines.dag import Dag, reads
+from pipelines.dag import Dag, check_places, reads
 from pipelines.manifest import StageFolder, StaleError, read_json, sum_funnel
 
 WIDTH = 100  # of a line of reasons
@@ -31,10 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     removed = [argument.partition("=")[2] for argument in arguments if argument.startswith("removed=")]
     try:
         config = compose([argument for argument in arguments if not argument.startswith("removed=")])
+        check_places(config)
         print("\n".join(describe(config)))
         if removed:
             print("\n".join(["", *describe_removed(config, Path(removed[-1]))]))
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, FileNotFoundError, StorageError, ValueError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
     return 0
@@ -77,10 +80,10 @@ def state_of(dag: Dag, stage: str) -> tuple[str, dict[str, Any] | None, list[str
     return (f"open{shards}" if begun else "not begun"), funnel, notes
 
 
-def held_by(path: Path) -> str:
+def held_by(path: Any) -> str:
     """Who holds a lock, or nothing."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(read(path))
     except (FileNotFoundError, ValueError):
         return ""
     return f"{holder['what']}, process {holder['pid']} on {holder['host']}"
@@ -98,18 +101,18 @@ def _wrapped(words: list[str]) -> list[str]:
 # -- what must go -----------------------------------------------------------------------------------------------------
 def describe_removed(config: Config, path: Path) -> list[str]:
     """Names the samples on a removal list and the checkpoints that saw them."""
-    from pipelines.selection import is_removed, read_selection, removal_list, samples
+    from pipelines.selection import all_samples, is_removed, read_selection, removal_list
 
     dag, epoch = Dag(config), 0
     train = StageFolder(dag.home("train"), "train")
     removed, found, trained = removal_list(path), [], []
     for run in (None, *config.dataset.mixture):
-        metadata, images = (StageFolder(dag.home(stage, run), stage) for stage in ("filter_metadata", "filter_images"))
+        metadata, images = (stage_folder(dag.home(stage, run), stage, config.cluster.cache)
+                            for stage in ("filter_metadata", "filter_images"))  # fmt: skip
         of = f"@{run}" if run else ""
         chosen = train / f"selection{of}.parquet"
         masks = read_selection(chosen) if chosen.exists() else {}
-        for shard in sorted(images.committed()):
-            table = samples(metadata, images, shard)
+        for shard, table in all_samples(metadata, images, images.shards()):
             here = is_removed(table, removed)
             keys = [f"{key}{of}" for key in table["key"].to_pylist()]
             found += [keys[i] for i in here.nonzero()[0]]

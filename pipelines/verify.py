@@ -4,6 +4,8 @@
     python -m pipelines.verify path=PATH repair=true     and makes again what is damaged, and only that
     python -m pipelines.verify path=PATH workers=8       processes; as many as there are processors if not given
 
+PATH may be s3://bucket/prefix; every byte of it is fetched anew, one shard at a time for each process, below TMPDIR.
+
 The exit code is 0 when all is sound (or was made so), 1 when something is wrong, 2 when the request does not fit. A
 repair takes the damaged shards' records away under the stage's lock and gives the stage's own command again: whatever
 has no record is made, and nothing else. What reads a shard that came out with other bytes is then stale, and says so.
@@ -21,9 +23,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+from ldm.storage import StorageError, check, exists, is_remote, place
+from pipelines.bucket import folder_at, homes_below
 from pipelines.checks import MANIFEST, PLAN, Finding, Shard, check_shard, check_stage, readable_records, shards_of
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StageFolder, read_json
@@ -56,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         given = read_options(arguments)
-        path, workers = Path(given["path"]), int(given.get("workers") or os.cpu_count() or 1)
+        path, workers = place(given["path"]), int(given.get("workers") or os.cpu_count() or 1)
+        check(path, "path")
         verdict = verify(path, workers)
         print("\n".join(describe(verdict)), flush=True)
         if not verdict.findings or given.get("repair") != "true":
@@ -69,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         verdict = verify(path, workers)
         print("\n".join(describe(verdict)))
         return 1 if verdict.findings else 0
-    except (ValueError, FileNotFoundError, LockedError) as error:
+    except (ValueError, FileNotFoundError, LockedError, StorageError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return MENDABLE
 
@@ -85,14 +89,14 @@ def read_options(arguments: list[str]) -> dict[str, str]:
 
 
 # -- what there is to look at ----------------------------------------------------------------------------------------
-def verify(path: Path, workers: int) -> Verdict:
+def verify(path: Any, workers: int) -> Verdict:
     """Everything that is wrong with a run, a stage or a shard, the shards checked in `workers` processes."""
     verdict, jobs, where = Verdict(), [], []
     for home, only in targets(path):
-        folder = StageFolder(home, stage_of(home))
+        folder = folder_at(home, stage_of(home))
         verdict.stages.append(folder)
         try:
-            plan = read_plan(home)
+            plan = read_plan(folder)
         except ValueError as error:
             verdict.findings.append((folder, Finding(folder.stage, None, PLAN, "", str(error), "the plan as written")))
             continue
@@ -107,19 +111,19 @@ def verify(path: Path, workers: int) -> Verdict:
     return verdict
 
 
-def read_plan(home: Path) -> dict[str, Any]:
+def read_plan(folder: StageFolder) -> dict[str, Any]:
     """A stage's plan. Raises ValueError when it is none."""
-    plan = StageFolder(home, home.name).read_plan()
+    plan = folder.read_plan()
     if plan is None:
         raise ValueError("nothing")
     if missing := {"stage", "version", "fingerprint", "what", "reads"} - plan.keys():
         raise ValueError(f"a plan that does not say {', '.join(sorted(missing))}")
-    if plan["stage"] != stage_of(home):
+    if plan["stage"] != folder.stage:
         raise ValueError(f"the plan of {plan['stage']}")
     return plan
 
 
-def stage_of(home: Path) -> str:
+def stage_of(home: Any) -> str:
     """The stage whose folder this is; one that is `many` has folders of its own in it."""
     from pipelines.dag import STAGES
 
@@ -133,35 +137,35 @@ def _checked(jobs: list[Shard], workers: int) -> Iterable[list[Finding]]:
         return list(pool.map(check_shard, jobs, chunksize=max(1, len(jobs) // (8 * workers))))
 
 
-def targets(path: Path) -> list[tuple[Path, int | None]]:
+def targets(path: Any) -> list[tuple[Any, int | None]]:
     """(stage's folder, the one shard that is asked for or None) below a run, for a stage, or for a file of a shard."""
-    path = path.absolute()
+    path = path if is_remote(path) else path.absolute()
     if _is_stage(path):
         return [(path, None)]
     shard = re.match(r"\d{6,}", path.name)
     home = next((parent for parent in list(path.parents)[:2] if _is_stage(parent)), None)
     if shard and home:
         return [(home, int(shard[0]))]
-    homes = {found.parent for name in BEGUN for depth in ("*", "*/*") for found in path.glob(f"{depth}/{name}")}
+    homes = homes_below(path, BEGUN)
     if not homes:
         raise FileNotFoundError(
             f"{path} is no run, no stage and no file of a shard: expected {PLAN} in it, below it or above it"
         )
-    return [(home, None) for home in sorted(homes)]
+    return [(home, None) for home in homes]
 
 
-def _is_stage(path: Path) -> bool:
-    return any((path / name).is_file() for name in BEGUN)
+def _is_stage(path: Any) -> bool:
+    return any(exists(path / name) for name in BEGUN)
 
 
 def describe(verdict: Verdict) -> list[str]:
     """What is wrong, a line each, and what to do about it."""
-    counts: dict[tuple[Path, int | None], int] = {}
+    counts: dict[tuple[Any, int | None], int] = {}
     lines = []
     for folder, finding in verdict.findings:
-        place = (folder.path, finding.shard)
-        counts[place] = counts.get(place, 0) + 1
-        if counts[place] <= LINES:
+        where = (folder.path, finding.shard)
+        counts[where] = counts.get(where, 0) + 1
+        if counts[where] <= LINES:
             lines.append(str(finding))
     lines += [f"... and {count - LINES} more in {path} shard {shard}"
               for (path, shard), count in counts.items() if count > LINES]
@@ -225,7 +229,7 @@ def run_stage(folder: StageFolder) -> None:
 def rerun_arguments(folder: StageFolder) -> list[str]:
     """The overrides of the command that made a stage last, turned to that stage alone and to where it lies now."""
     path = folder / "run.json"
-    runs = read_json(path)["runs"] if path.exists() else []
+    runs = read_json(path)["runs"] if exists(path) else []
     if not runs:
         raise ValueError(
             f"{path} does not say which command made {folder.path}; give it with +stage={folder.stage}: it makes what "
@@ -233,7 +237,8 @@ def rerun_arguments(folder: StageFolder) -> list[str]:
         )
     # A stage that is `many` lies one folder deeper than the others.
     home = folder.path if folder.path.name == folder.stage else folder.path.parent
-    ours = {"stage": folder.stage, "name": home.parent.name, "paths.outputs": str(home.parent.parent)}
+    place_of = "paths.shards" if is_remote(home) else "paths.outputs"
+    ours = {"stage": folder.stage, "name": home.parent.name, place_of: str(home.parent.parent)}
     kept = [word for word in shlex.split(runs[-1]["command"])
             if word.lstrip("+").partition("=")[0] not in {*ours, "overwrite"} and not word.startswith("--")]
     return [*kept, *(f"{'+' if key == 'stage' else ''}{key}={value}" for key, value in ours.items())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -68,7 +69,7 @@ def flip_a_byte(latents: StageFolder, shard: int, chance: random.Random) -> None
 
 def members_of(latents: StageFolder, shard: int) -> tuple[Path, list[int]]:
     path = latents / f"32/{shard_name(shard)}.tar"
-    with tarfile.open(path) as tar:
+    with tarfile.open(fileobj=io.BytesIO(path.read_bytes())) as tar:
         return path, [member.offset for member in tar.getmembers()]
 
 
