@@ -18,6 +18,7 @@ from typing import Any
 
 DRIP_SECONDS = 0.05
 DRIPS = 120  # six seconds
+VAST_BYTES = 200_000_000
 
 
 class Unkind(BaseHTTPRequestHandler):
@@ -91,6 +92,16 @@ class Unkind(BaseHTTPRequestHandler):
         self.end_headers()
         for _ in range(2000):
             self.wfile.write(b"x" * 1000)
+
+    def on_vast(self) -> None:
+        """Says how long it is in /vast?told, and not in others."""
+        self.send_response(200)
+        if self.path.endswith("?told"):
+            self.send_header("Content-Length", str(VAST_BYTES))
+        self.end_headers()
+        for _ in range(VAST_BYTES // 1_000_000):
+            self.wfile.write(bytes(1_000_000))
+        self.close_connection = True
 
     def on_gzip_bomb(self) -> None:
         self.answer(200, gzip.compress(bytes(50_000_000)), Content_Encoding="gzip")

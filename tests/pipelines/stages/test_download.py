@@ -300,6 +300,55 @@ def test_a_server_of_our_own_that_ends_is_not_blamed_on_the_urls(tmp_path: Path,
     assert job.output.record(0) is None and not list(job.output.path.glob("0*"))
 
 
+# -- what it costs ----------------------------------------------------------------------------------------------------
+UNKIND = {  # path -> what may be said of it; a busy machine may be late for what comes at once elsewhere
+    "good": "", "missing": "http_404", "failing": "http_500", "drip": "timeout", "dripping-headers": "timeout",
+    "never": "timeout", "vast?told": "too_large", "vast": "too_large", "gzip-bomb": "not_an_image",
+    "loop": "redirect_loop", "large": "not_an_image", "short": "connection", "half-close": "connection",
+}  # fmt: skip
+# A worker of its own fetches case after case, [paths, limits], and prints for each by how many MB it has grown at most,
+# the seconds and what it said of each path.
+COSTS = """
+import json, sys, time
+from pathlib import Path
+import pyarrow.parquet as pq
+from pipelines.stages import download
+from tests.pipelines.stages.test_download import by_hand
+
+def memory(name):
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1024
+
+def fetch(name, paths, limits):
+    settings = dict(threads=64, min_yield=0.0, requests_per_second=None, **limits)
+    job = by_hand(folder / name, [f"http://a.test/{path}" for path in paths], address, **settings)
+    begun = time.monotonic()
+    download.run_shard(job, 0)
+    return time.monotonic() - begun, pq.read_table(job.output / "000000.parquet")["reason"].to_pylist()
+
+folder, address, cases = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+fetch("before", ["good"] * 8, cases[0][1])
+before = memory("VmRSS")
+for i, case in enumerate(cases):
+    seconds, reasons = fetch(str(i), *case)
+    print(json.dumps([memory("VmHWM") - before, seconds, reasons]), flush=True)
+"""
+
+
+def test_a_worker_grows_little_whatever_comes(tmp_path: Path, address: str) -> None:
+    most, paths = 200, [path for path in UNKIND for _ in range(4)]  # MB; all at once
+    as_on_the_web = {"deadline_seconds": 5.0, "max_bytes": 20_000_000}
+    without_limit = {"deadline_seconds": 100.0, "max_bytes": 10**9}  # the twin: a single body is too much
+    cases = json.dumps([[paths, as_on_the_web], [["vast"], without_limit]])
+    command = [sys.executable, "-c", COSTS, tmp_path, address, cases]
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (grown, seconds, said), (grown_then, _, said_then) = map(json.loads, done.stdout.splitlines())
+    print(f"{len(said)} URLs in {seconds:.1f} s, {grown:.0f} MB more; without a limit {grown_then:.0f} MB")
+    wrong = {path: reason for path, reason in zip(paths, said, strict=True) if reason not in (UNKIND[path], "timeout")}
+    assert not wrong and grown < most
+    assert said_then == ["not_an_image"] and grown_then > most
+
+
 # -- the canary, and what a worker loads ------------------------------------------------------------------------------
 @pytest.mark.parametrize("spoil", [
     lambda rgb: rgb[..., ::-1], lambda rgb: np.rot90(rgb), lambda rgb: rgb[:, ::-1], lambda rgb: rgb // 2,
