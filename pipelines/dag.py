@@ -62,7 +62,7 @@ class Stage:
 
 STAGES = {
     "filter_metadata": Stage(
-        "table", (), ("dataset.source", "dataset.sample_web", "dataset.filter_metadata")),
+        "table", (), ("dataset.source", "dataset.sample_web", "dataset.filter_metadata"), version=2),
     "download": Stage(
         "shards", ("filter_metadata",), ("dataset.download",), version=3),
     "filter_images": Stage(

@@ -94,13 +94,15 @@ def _score_rules(settings: FilterMetadataConfig, columns: set[str]) -> Iterator[
 
 def _caption_rules(settings: FilterMetadataConfig) -> Iterator[Rule]:
     least, most, words = settings.min_caption_chars, settings.max_caption_chars, settings.min_caption_words
-    yield Rule("short_caption", f"the caption has fewer than {least} characters", f"length(trim(caption)) < {least}")
+    padded = f"(starts_with(caption, ' ') OR ends_with(caption, ' ')) AND length(trim(caption)) < {least}"
+    short = f"length(caption) < {least} OR ({padded})"  # to trim every caption would take ten times as long
+    yield Rule("short_caption", f"the caption has fewer than {least} characters", short)
     if words > 1:
         enough = rf"regexp_matches(caption, '(\S+\s+){{{words - 1}}}\S')"
         yield Rule("few_words", f"the caption has fewer than {words} words", f"NOT {enough}")
     if most is not None:
         yield Rule("long_caption", f"the caption has more than {most} characters", f"length(caption) > {most}")
-    hidden = f"regexp_matches(url, '{CONTROL}') OR regexp_matches(caption, '{CONTROL}')"
+    hidden = f"{_holds_control('url')} OR {_holds_control('caption')}"
     yield Rule("control_characters", "the URL or the caption holds NUL or another control character", hidden)
 
 
@@ -144,6 +146,13 @@ def quoted(text: str) -> str:
 def _blank(column: str) -> str:
     """Nothing but blanks; what begins with anything above a space need not be looked through."""
     return rf"NOT coalesce({column} > '!' OR regexp_matches({column}, '\S'), false)"
+
+
+def _holds_control(column: str) -> str:
+    """Only text in which JSON would write something as an escape (or that holds DEL, which it does not) is searched:
+    to count bytes takes a fifth of the time of a pattern."""
+    suspect = f"strlen(to_json({column})) <> strlen({column}) + 2 OR contains({column}, chr(127))"
+    return f"(({suspect}) AND regexp_matches({column}, '{CONTROL}'))"
 
 
 def _no_number(column: str) -> str:

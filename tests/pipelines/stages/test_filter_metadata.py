@@ -296,6 +296,25 @@ def test_hostile_rows_are_dropped_by_reason_and_the_run_finishes(tmp_path: Path)
     }}  # fmt: skip
 
 
+def test_every_control_character_and_none_but_them(tmp_path: Path) -> None:
+    """Also beside what JSON escapes, for by that a caption is looked at more closely."""
+    characters = [*map(chr, range(0xA1)), "\u2028", "\ud7ff", "\U0001f600"]
+    rows = [row(i, TEXT=f'a "{character}\\caption') for i, character in enumerate(characters)]
+    rows += [row(1000 + i, URL=f"http://a.test/{i}{character}") for i, character in enumerate(characters)]
+    job = make_job(tmp_path, [rows])
+    hidden = {*map(chr, range(32)), "\x7f"} - {*"\t\n\r"}
+    assert filter_metadata.run(job)["dropped"] == {"control_characters": 2 * len(hidden)}
+    assert {r["caption"][3] for r in read(job) if r["caption"].startswith("a ")} == set(characters) - hidden
+
+
+@pytest.mark.parametrize("caption, stays", [
+    ("abc", True), ("ab", False), ("  abc", True), ("abc  ", True), ("  ab", False), ("ab  ", False), (" ab ", False),
+    ("äöü", True), ("äö", False), ("a c", True), ("\u3000ab", True),
+])  # fmt: skip
+def test_blanks_around_a_caption_do_not_count(tmp_path: Path, caption: str, stays: bool) -> None:
+    assert filter_metadata.run(make_job(tmp_path, [[row(0, TEXT=caption)]], min_caption_chars=3))["samples"] == stays
+
+
 def broken_text(texts: list[bytes]) -> pa.StringArray:
     """Strings as a file may claim that it holds them."""
     return pa.StringArray.from_buffers(len(texts), *pa.array(texts, pa.binary()).buffers()[1:])
