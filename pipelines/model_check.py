@@ -12,7 +12,7 @@ from ldm.config import TrainSettings
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.training import train
-from ldm.training.engine import World, deepspeed_config
+from ldm.training.engine import World, check_kept, deepspeed_config
 from pipelines.config import Config
 
 
@@ -25,6 +25,7 @@ def check_model(config: Config) -> None:
     )
     generate.check(config.generation, train.schedule_of(config.diffusion), config.diffusion.prediction)
     resources = config.cluster.train
+    check_kept(resources.run)
     device = torch.device("cuda" if resources.num_gpus else "cpu")
     deepspeed_config(config.training, resources.run, World(0, resources.workers, device))
     _try_shapes(config)

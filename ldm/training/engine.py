@@ -39,7 +39,7 @@ OWNED = {
     "gradient_clipping": "training.gradient_clipping",
     "optimizer": "training.learning_rate, beta1, beta2, epsilon and weight_decay",
     "scheduler": "training.lr_schedule",
-    "bf16": "training.precision",
+    "bf16.enabled": "training.precision",
     "fp16.enabled": "training.precision",
     "fp16.loss_scale": "training.precision, whose scale follows the overflows",
     "torch_autocast": "training.precision",
@@ -157,6 +157,22 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
     return _merged(config, how.deepspeed, "")
 
 
+def check_kept(how: TrainingRunConfig) -> None:
+    """Raises ValueError where a run could neither average its weights nor keep them in checkpoints."""
+    zero: Any = how.deepspeed.get("zero_optimization") or {}
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise ValueError(
+            "cluster.train.run.deepspeed.zero_optimization.offload_optimizer.device is nvme: weights and optimizer "
+            "states in files can be trained but neither averaged nor kept in checkpoints; set it to cpu"
+        )
+    bf16: Any = how.deepspeed.get("bf16") or {}
+    if bf16.get("bf16_master_weights_and_grads"):
+        raise ValueError(
+            "cluster.train.run.deepspeed.bf16.bf16_master_weights_and_grads is true: averaged weights and checkpoints "
+            "are float32, and so must be the weights that they are made of; set it to false"
+        )
+
+
 def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in theirs.items():
@@ -193,7 +209,6 @@ class Engine:
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         config = deepspeed_config(training, how, world)
         self.accumulation: int = config["gradient_accumulation_steps"]
-        self._in_files = (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme"
         optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=training.learning_rate,
@@ -324,11 +339,6 @@ class Engine:
 
     def _held(self) -> Iterator[_Held]:
         """Every piece of a parameter that this process updates."""
-        if self._in_files:
-            raise ValueError(
-                "cluster.train.run.deepspeed.zero_optimization.offload_optimizer.device is nvme: weights and optimizer "
-                "states in files can be trained but neither averaged nor kept in checkpoints; set it to cpu"
-            )
         optimizer = self.deepspeed.optimizer
         for name, p in self.parameters.items():
             if self.stage == 0:

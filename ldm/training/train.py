@@ -35,7 +35,7 @@ from ldm.sheet import Tile, draw_sheet
 from ldm.training import checkpoint, lr
 from ldm.training.budget import costs_of
 from ldm.training.ema import Ema
-from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, World, join
+from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, World, check_kept, join
 from ldm.training.frozen import Frozen
 from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
 from ldm.training.meter import Meter
@@ -74,6 +74,7 @@ def train(
     if training.deterministic and torch.cuda.is_available():  # on the processor equal runs are equal anyway
         make_deterministic()
     check(settings)
+    check_kept(run)
 
     # Processes: one for each GPU.
     world = join()

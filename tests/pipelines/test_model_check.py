@@ -24,6 +24,7 @@ def test_the_default_job_and_the_miniature_pass() -> None:
     ("text_encoder.tokenizer=wordpiece", "vocab_file"),
     ("dataset.precompute_latents.resolution=72", "9"),
     ("+cluster.train.run.deepspeed.fp16.enabled=true", "training.precision"),
+    ("+cluster.train.run.deepspeed.zero_optimization.offload_optimizer.device=nvme", "device is nvme"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_starts(
     override: str, words: str, tmp_path: object, capsys: pytest.CaptureFixture[str]

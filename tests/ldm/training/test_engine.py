@@ -96,7 +96,7 @@ def test_further_keys_reach_deepspeed_and_ours_cannot_be_contradicted() -> None:
     for theirs, mend in (
         ({"train_batch_size": 4}, "train_batch_size is decided by training.batch_size"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is decided by cluster.train.run.zero_stage"),
-        ({"bf16": {"enabled": True}}, "bf16 is decided by training.precision"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is decided by training.precision"),
     ):
         with pytest.raises(ValueError, match=mend):
             deepspeed_config(TRAINING, replace(run, micro_batch_size=8, deepspeed=theirs), ALONE)

@@ -12,7 +12,8 @@ from ldm.training import checkpoint
 from ldm.training.engine import deepspeed_config, join
 from tests.ldm.training import processes
 from tests.ldm.training.test_engine import ALONE, BATCH, STEPS, check_same, make, reference, steps
-from tests.ldm.training.tiny import RUN, TRAINING
+from tests.ldm.training.test_train import work
+from tests.ldm.training.tiny import RUN, TRAINING, settings, write_data
 
 OPTIMIZER = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 WEIGHTS = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
@@ -57,3 +58,19 @@ def test_compiled_at_stage_three_is_refused() -> None:
     with pytest.raises(ValueError, match="compile does not go with cluster.train.run.zero_stage=3"):
         deepspeed_config(TRAINING, replace(RUN, micro_batch_size=8, compile=True, zero_stage=3), ALONE)
 
+
+@pytest.mark.parametrize(("deepspeed", "reason"), [
+    ({"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "states"}}},
+     "zero_optimization.offload_optimizer.device is nvme: weights and optimizer states in files can be trained but "
+     "neither averaged nor kept in checkpoints; set it to cpu"),
+    ({"bf16": {"bf16_master_weights_and_grads": True}},
+     "bf16.bf16_master_weights_and_grads is true: averaged weights and checkpoints are float32, and so must be the "
+     "weights that they are made of; set it to false"),
+])  # fmt: skip
+def test_states_that_no_checkpoint_could_keep_are_refused_before_they_are_made(
+    tmp_path: Path, deepspeed: dict[str, Any], reason: str
+) -> None:
+    data, how = write_data(tmp_path, [8]), replace(RUN, zero_stage=3, deepspeed=deepspeed)
+    (refusal,) = processes.run(work, settings(), data, tmp_path / "train", how)
+    assert isinstance(refusal, ValueError) and str(refusal) == f"cluster.train.run.deepspeed.{reason}"
+    assert not (tmp_path / "train").exists()
