@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -63,17 +64,39 @@ def train_here(dag: Dag) -> None:
     job = dag.statuses["train"].job
     first = join().rank == 0
     with ExitStack() as stack:
-        prepared: list[Any] = [None]
-        if first:
-            stack.enter_context(lock(dag.home("train") / "lock", f"train of {dag.config.name}"))
-            begin(dag, "train")
-            prepared = [train.prepare(job)]
-        dist.broadcast_object_list(prepared)
+        prepared = _from_the_first(lambda: _prepare(dag, stack), first)
         _ask_on_signals(job)
-        train.work({"job": job, "selections": prepared[0].selections})
+        train.work({"job": job, "selections": prepared.selections})
         dist.destroy_process_group()  # what follows is done alone
         if first:
-            train.commit(job, prepared[0])
+            train.commit(job, prepared)
+
+
+def _prepare(dag: Dag, stack: ExitStack) -> Any:
+    from pipelines.stages import train
+
+    stack.enter_context(lock(dag.home("train") / "lock", f"train of {dag.config.name}"))
+    begin(dag, "train")
+    return train.prepare(dag.statuses["train"].job)
+
+
+def _from_the_first(make: Callable[[], Any], first: bool) -> Any:
+    """What the first process makes, in all of them; where it fails all of them do, and say why."""
+    import torch.distributed as dist
+
+    answer: list[Any] = [None, None]
+    try:
+        if first:
+            answer = [make(), None]
+    except BaseException as error:
+        answer = [None, str(error) or type(error).__name__]
+        raise
+    finally:
+        dist.broadcast_object_list(answer)
+    made, failure = answer
+    if failure is not None:
+        raise RuntimeError(f"the first process could not prepare training: {failure}")
+    return made
 
 
 def _ask_on_signals(job: Job) -> None:

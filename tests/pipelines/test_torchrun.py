@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 
+from pipelines import torchrun
 from pipelines.manifest import read_json
+from tests.ldm.training import processes
 from tests.pipelines.small_cache import make_cache
 from tests.pipelines.test_stopping import ROOT, SETTINGS, command, step_of, told
 
@@ -24,6 +28,24 @@ def free_port() -> str:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return str(taken.getsockname()[1])
+
+
+def train_and_listen(overrides: list[str]) -> tuple[int, str]:
+    """(exit code, what was said) of one process."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        code = torchrun.main(overrides)
+    return code, said.getvalue().strip()
+
+
+def test_where_the_first_process_cannot_prepare_the_others_say_so_and_end_too(tmp_path: Path) -> None:
+    make_cache(tmp_path, *SETTINGS, shards=1)
+    overrides = [*command(tmp_path)[4:], "training.resume=step-7"]
+    first, second = processes.run(train_and_listen, overrides, world_size=2, seconds=120)
+    reason = f"training.resume is 'step-7'; in {tmp_path / 'small/train'} there are: no checkpoints"
+    assert first == (1, reason)
+    assert second == (1, f"the first process could not prepare training: {reason}")
+    assert not (tmp_path / "small/train/lock").exists()
 
 
 @pytest.mark.slow
