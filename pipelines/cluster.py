@@ -17,7 +17,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,14 @@ ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     "RAY_DEDUP_LOGS": "0",
 }
-SYSTEM_RETRIES = 3  # a crash of a worker or a node, not an error in a shard
+STARTS = 3  # of a local Ray, which gives itself 30 seconds, on a busy machine not always enough
+SYSTEM_RETRIES = 3  # of a shard, after a crash of its worker or node, not after an error
+RESTARTS = 20  # of one worker that holds a model: it may be killed while it loads, where no shard is tried
 STOP_SECONDS = 5  # that shards under way are given to end once one said that all would fail
+
+
+class ClusterAway(RuntimeError):
+    """There is no cluster to run on."""
 
 
 class StageFailed(RuntimeError):
@@ -54,14 +60,53 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
-    local = config.address == "local"
-    sizes = {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes, "include_dashboard": False}
-    ray.init(address=config.address, log_to_driver=False, logging_level="error", configure_logging=True,
-             **(sizes if local else {}))
+    if config.address == "local":
+        _start_here(config)
+    else:
+        _join(config.address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        _init(address)
+    except ConnectionError as error:
+        raise ClusterAway(
+            f"cluster.address is {address}, where no Ray is found: {error} cluster.address=local starts one here"
+        ) from error
+
+
+def _start_here(config: ClusterConfig) -> None:
+    """A Ray of our own. One that is not up in time is ended and started anew."""
+    import psutil
+
+    before = set(psutil.Process().children(recursive=True))
+    for start in range(1, STARTS + 1):
+        try:
+            return _init("local", num_cpus=config.num_cpus, object_store_memory=config.object_store_bytes,
+                         include_dashboard=False)  # fmt: skip
+        except Exception as error:  # Ray has no narrower one for this
+            if "timed out" not in str(error).lower():
+                raise
+            began = set(psutil.Process().children(recursive=True)) - before
+            for process in began:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(began, timeout=10)
+            print(f"Ray was not up within its 30 seconds, at start {start} of {STARTS}", flush=True)
+    raise ClusterAway(
+        f"Ray, started here {STARTS} times, was never up within its 30 seconds: the load is {os.getloadavg()[0]:.0f} "
+        f"on {os.cpu_count()} processors. Try again when less runs here, or let cluster.address name a cluster"
+    )
+
+
+def _init(address: str, **sizes: Any) -> None:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **sizes)
 
 
 @dataclass
@@ -71,7 +116,7 @@ class Step:
     job: Job
     resources: Resources
     todo: set[int]
-    module: str  # has run_shard(job, shard), or a class Worker(job) with run_shard(shard), and maybe shared(job)
+    module: str  # has run_shard(job, shard), or a class Worker(job) with run_shard(shard); maybe shared and sizes
     waiting: deque[int] = field(default_factory=deque)
     running: int = 0
     actors: list[Any] = field(default_factory=list)
@@ -105,7 +150,7 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
     import ray
 
     running: dict[Any, tuple[int, int, Any]] = {}
-    failed: list[tuple[str, int, Exception]] = []
+    failed: list[tuple[Step, int, Exception]] = []
     first, give_up_at = 0, math.inf  # steps before the first one begin nothing any more
     for shard in shards:
         _hand_on(steps, shard)
@@ -129,7 +174,9 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
             on_record(step.job.stage, ray.get(done[0]))
         except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.RayActorError,
                 ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            failed.append((step.job.stage, shard, error))
+            failed.append((step, shard, error))
+            if isinstance(error, ray.exceptions.RayActorError):  # no other shard waits for it
+                step.actors.pop()
             if _stops_the_run(error) and i >= first:
                 first, give_up_at = i + 1, time.monotonic() + STOP_SECONDS
             continue
@@ -183,7 +230,7 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
         return step.task.remote(step.module, step.job, shard, step.shared), None
     if not step.actors:
         step.actors.append(
-            ray.remote(worker).options(max_restarts=-1, max_task_retries=SYSTEM_RETRIES, **needs).remote(step.job)
+            ray.remote(worker).options(max_restarts=RESTARTS, max_task_retries=SYSTEM_RETRIES, **needs).remote(step.job)
         )
     actor = step.actors.pop()
     return actor.run_shard.remote(shard), actor
@@ -198,14 +245,35 @@ def _share(kind: type | None) -> Any:
     return ray.remote(kind).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
 
 
-def _failure(failed: list[tuple[str, int, Exception]]) -> ShardsFailed:
-    stage, shard, error = next((each for each in failed if _stops_the_run(each[2])), failed[0])
+def _failure(failed: list[tuple[Step, int, Exception]]) -> ShardsFailed:
+    step, shard, error = next((each for each in failed if _stops_the_run(each[2])), failed[0])
+    stage = step.job.stage
     if _stops_the_run(error):
         return ShardsFailed(f"{stage} stopped at shard {shard}: {_cause(error)}")
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return ShardsFailed(
         f"{stage}: shard {shard}{others} failed; what else had begun is committed, and the same command goes on from "
-        f"there. First cause: {_cause(error)}"
+        f"there. First cause: {_smaller(step, error) if _was_killed(error) else _cause(error)}"
+    )
+
+
+def _was_killed(error: Exception) -> bool:
+    """Whether a worker's process ended without a word, which is how the kernel and Ray end it when memory is short."""
+    import ray
+
+    killed = (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+    return isinstance(error, killed) and not getattr(error, "actor_init_failed", False)
+
+
+def _smaller(step: Step, error: Exception) -> str:
+    """What to set where workers are killed: their sizes, as the stage's sizes(job) has them, and their number."""
+    stage, needs = step.job.stage, step.resources
+    sizes = getattr(importlib.import_module(step.module), "sizes", lambda job: {})(step.job)
+    smaller = "".join(f"a lower {name} (now {value}) makes it smaller, " for name, value in sizes.items())
+    return (
+        f"{type(error).__name__}: its worker was killed again and again, as happens where memory runs out; "
+        f"{smaller}a lower cluster.{stage}.in_flight (now {needs.in_flight}) or a higher "
+        f"cluster.{stage}.num_cpus (now {needs.num_cpus:g}) lets fewer work at once"
     )
 
 

@@ -79,6 +79,12 @@ def known_of_sources(download: StageFolder, record: Record) -> dict[str, dict[st
             for row in rows.to_pylist()}  # fmt: skip
 
 
+def sizes(job: Job) -> dict[str, int]:
+    """What makes a worker take more memory or less."""
+    clip = job.what["dataset.filter_images"].clip
+    return {} if clip is None else {"dataset.filter_images.clip.batch_size": clip.batch_size}
+
+
 class Worker:
     """Judges shards; holds the networks that score, where there are any, on the GPU that its cluster gives it."""
 

@@ -77,6 +77,11 @@ class Measured:
         }
 
 
+def sizes(job: Job) -> dict[str, int]:
+    """What makes a worker take more memory or less."""
+    return {"dataset.precompute_latents.batch_size": job.what["dataset.precompute_latents"].batch_size}
+
+
 class Worker:
     """Holds the autoencoder on one device; lives as long as the stage."""
 

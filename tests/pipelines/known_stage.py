@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Known:
     die: list[int]  # shards whose first try kills its process
     broken: tuple[int, ...] = ()  # shards whose error says that all others would fail too
     slow: tuple[int, ...] = ()  # shards that take LONG
+    killed: tuple[int, ...] = ()  # shards whose every try is killed, as by the kernel when memory is short
 
 
 class Broken(RuntimeError):
@@ -33,6 +35,8 @@ def run_shard(job: Job, shard: int) -> Record:
         raise ValueError(f"shard {shard} cannot be made")
     if shard in known.broken:
         raise Broken(f"shard {shard} came to nothing")
+    if shard in known.killed:
+        os.kill(os.getpid(), signal.SIGKILL)
     with job.output.attempt(shard, job.fingerprint) as attempt:
         (attempt.path / f"{shard_name(shard)}.txt").write_text(str(shard))
         flag = job.output / f".died-{shard}"

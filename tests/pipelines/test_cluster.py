@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,8 @@ from pipelines import cluster
 from pipelines.config import compose
 from pipelines.dag import How, Job
 from pipelines.manifest import Record, StageFolder
-from pipelines.settings import Resources
+from pipelines.settings import ClipScoreConfig, Resources
+from pipelines.stages import filter_images
 from tests.pipelines.known_stage import LONG, Known
 from tests.pipelines.small_cache import make_cache
 from tests.pipelines.unkind_server import Unkind, unkind_server
@@ -129,6 +131,60 @@ def test_a_crashed_worker_is_replaced_and_its_shard_made(ray_here: None, tmp_pat
     assert (step.job.output / ".died-2").exists()
     assert sorted(step.job.output.committed()) == [0, 1, 2, 3]
     assert step.job.output.sweep() == 1  # what the crash left
+
+
+def test_a_shard_whose_every_worker_is_killed_names_what_takes_less_memory(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "SYSTEM_RETRIES", 1)
+    step = make_step(tmp_path, "download", range(3), Known(0, [], [], killed=(1,)))
+    with pytest.raises(cluster.ShardsFailed) as failure:
+        cluster.stream([step], [0, 1, 2], lambda stage, record: None)
+    assert sorted(step.job.output.committed()) == [0, 2]
+    assert str(failure.value).startswith("download: shard 1 failed; what else had begun is committed")
+    assert str(failure.value).endswith(
+        "WorkerCrashedError: its worker was killed again and again, as happens where memory runs out; a lower "
+        "cluster.download.in_flight (now 2) or a higher cluster.download.num_cpus (now 0.5) lets fewer work at once"
+    )
+
+
+def killed_step(folder: Path, shards: range) -> cluster.Step:
+    """precompute_latents, a shard at a time, in workers that are killed."""
+    step, settings = make_step(folder, "precompute_latents", shards, Known(0, [], []), in_flight=1), compose([]).dataset
+    what = {"dataset.precompute_latents": replace(settings.precompute_latents, batch_size=12)}
+    return replace(step, job=replace(step.job, what=what), module="tests.pipelines.killed_worker")
+
+
+SMALLER = "as happens where memory runs out; a lower dataset.precompute_latents.batch_size .now 12. makes it smaller"
+
+
+def test_a_stage_whose_workers_are_killed_names_its_batch(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "SYSTEM_RETRIES", 1)
+    step = killed_step(tmp_path, range(2))
+    message = f"precompute_latents: shard 0 and 1 more failed.*its worker was killed again and again, {SMALLER}, a "
+    with pytest.raises(cluster.ShardsFailed, match=message):
+        cluster.stream([step], [0, 1], lambda stage, record: None)
+    assert (step.job.output / "tries").read_text().split() == ["0", "0", "1", "1"]
+
+
+def test_a_worker_that_is_killed_while_it_loads_is_not_started_for_ever(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "RESTARTS", 1)
+    step = killed_step(tmp_path, range(1))
+    (step.job.output / "large").touch()
+    with pytest.raises(cluster.ShardsFailed, match=SMALLER):
+        cluster.stream([step], [0], lambda stage, record: None)
+    assert (step.job.output / "tries").read_text().split() == ["0", "0"]
+
+
+def test_filter_images_has_a_batch_where_it_scores() -> None:
+    settings = compose([]).dataset.filter_images
+    clip = ClipScoreConfig("ViT-B-32", "clip.safetensors", "", batch_size=48, keep_embeddings=False)
+    jobs = [SimpleNamespace(what={"dataset.filter_images": each}) for each in (settings, replace(settings, clip=clip))]
+    assert [filter_images.sizes(job) for job in jobs] == [{}, {"dataset.filter_images.clip.batch_size": 48}]
 
 
 # -- what all workers share -------------------------------------------------------------------------------------------
