@@ -78,11 +78,13 @@ def place(where: Any) -> Any:
         )
     from upath import UPath
 
-    return UPath(where.rstrip("/"), use_listings_cache=False, config_kwargs=PATIENCE)
+    path = UPath(where.rstrip("/"), use_listings_cache=False, config_kwargs=PATIENCE)
+    _store(path)
+    return path
 
 
 def _store(path: Any) -> Any:
-    """The client of a place's store."""
+    """The client of a place's store; all paths of the process share it."""
     store = path.fs
     store.retries = 1  # or s3fs would ask again, up to 25 times, for all that botocore has asked again
     return store

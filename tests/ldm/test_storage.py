@@ -58,6 +58,15 @@ def test_a_store_that_is_busy_is_asked_again_and_one_that_stays_so_is_given_up(
     assert asked == [method] * attempts, "neither s3fs nor we ask again what botocore has asked again"
 
 
+def test_what_a_path_asks_by_itself_is_bounded_too(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    monkeypatch.setattr(s3, "refuse", lambda method, name: name == "by-itself.txt")
+    with pytest.raises(OSError):
+        place(f"{HOME}/by-itself.txt").exists()
+    assert s3.requests["HEAD", "by-itself.txt"] == storage.PATIENCE["retries"]["total_max_attempts"]
+
+
 def test_a_store_that_falls_silent_is_named_after_a_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
 ) -> None:
