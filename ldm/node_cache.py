@@ -6,7 +6,9 @@
 
 Every process of the node may use the folder at once; the locks are those of the kernel (flock), which a process that
 dies gives back. Who fetches a file holds its part, and all others wait for it there. Who reads a file holds it, and
-what is held is never thrown out; of the rest the one that was used longest ago goes first.
+what is held is never thrown out; of the rest the one that was used longest ago goes first. Where a file that somebody
+wants to read finds no room beside what is being fetched, it waits: nothing is fetched ahead meanwhile, and what was
+fetched ahead is held by nobody. Who waits holds no part, so that none wait for each other.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 from ldm.storage import StorageError, StoredFile, get_file, place, sha256_file
 
 PART = ".part"
-ATTEMPTS = "attempts"
+ATTEMPTS, LOCK, WAITING = "attempts", "lock", "waiting"
 POLL_SECONDS = 0.05  # between looks at a part that another fetches
 _last = threading.local()  # .held: what keeps the file that a thread asked for last from being thrown out
 
@@ -56,7 +58,10 @@ class NodeCache:
         """A path on this node that holds the file, for the time of the block. Raises DamagedFile naming it."""
         path = self._path(stored)
         while (handle := _hold(path, stored.bytes)) is None:
-            self._fetch(stored, path)
+            if not self._fetch(stored, path):
+                with self._waiting():
+                    while not self._fetch(stored, path):
+                        time.sleep(POLL_SECONDS)
         try:
             yield path
         finally:
@@ -71,41 +76,83 @@ class NodeCache:
         _last.held = held
         return path
 
+    def ahead(self, stored: StoredFile) -> None:
+        """Fetches a file that nobody waits for yet, if there is room for it and nobody waits for room."""
+        path = self._path(stored)
+        if not path.exists():
+            self._fetch(stored, path, ahead=True)
+
     def _path(self, stored: StoredFile) -> Path:
         return self.root() / f"{stored.sha256}{Path(stored.place).suffix}"
 
     # -- fetching -----------------------------------------------------------------------------------------------------
-    def _fetch(self, stored: StoredFile, path: Path) -> None:
-        """Fetches a file unless another process has done so meanwhile."""
+    def _fetch(self, stored: StoredFile, path: Path, ahead: bool = False) -> bool:
+        """Fetches a file unless another process has done so meanwhile. False: there is no room for it as yet."""
         part = path.with_name(f"{path.name}.{stored.bytes}{PART}")
         handle = _own(part)
         try:
             if path.exists():
                 part.unlink()
-                return
-            self._make_room(stored, part)
+                return True
+            if not self._make_room(stored, part, ahead):
+                return False
             _download(stored, part)
             with self._alone():
                 os.replace(part, path)
+                fcntl.flock(handle, fcntl.LOCK_UN)  # who looks for room finds it held by nobody
+            return True
         except BaseException:
-            part.unlink(missing_ok=True)
+            if _is_at(handle, part):
+                part.unlink()
             raise
         finally:
             os.close(handle)
 
-    def _make_room(self, stored: StoredFile, part: Path) -> None:
-        """Throws out what was used longest ago until the file fits."""
+    def _make_room(self, stored: StoredFile, part: Path, ahead: bool) -> bool:
+        """Throws out what was used longest ago until the file fits; where it does not, gives up its part.
+
+        False: there may be room later, when others have fetched what they are fetching. Raises StorageError where
+        there is none for somebody who waits and none is to come.
+        """
         with self._alone():
+            gives_way = ahead and self._somebody_waits()
             found = sorted(entry for entry in _entries(self.root()) if entry[2] != part)
-            used = sum(size for _, size, _ in found)
-            for _, size, path in found:
-                if used + stored.bytes > self.max_bytes and _throw_out(path):
+            used, under_way = sum(size for _, size, _ in found), False
+            for _, size, path in [] if gives_way else found:
+                if used + stored.bytes <= self.max_bytes:
+                    break
+                if _throw_out(path):
                     used -= size
-        if used + stored.bytes > self.max_bytes:
-            raise StorageError(
-                f"{stored.place} has {stored.bytes} bytes and finds no room in {self.root()}, where {used} bytes are "
-                f"in use; cluster.cache.max_bytes={self.max_bytes} must be at least {used + stored.bytes}"
-            )
+                else:
+                    under_way |= path.suffix == PART
+            if used + stored.bytes <= self.max_bytes and not gives_way:
+                return True
+            part.unlink()
+        if ahead or under_way:
+            return False
+        raise StorageError(
+            f"{stored.place} has {stored.bytes} bytes and finds no room in {self.root()}, where {used} bytes are "
+            f"in use; cluster.cache.max_bytes={self.max_bytes} must be at least {used + stored.bytes}"
+        )
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Says, for the time of the block, that somebody waits for room."""
+        handle = os.open(self.root() / WAITING, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(handle)
+
+    def _somebody_waits(self) -> bool:
+        path = self.root() / WAITING
+        if not path.exists():
+            return False
+        handle = _try_lock(path)
+        if handle is not None:
+            os.close(handle)
+        return handle is None
 
     # -- scratch ------------------------------------------------------------------------------------------------------
     @contextmanager
@@ -129,7 +176,7 @@ class NodeCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """No other process changes what the folder holds, but for parts that grow into files."""
-        handle = os.open(self.root() / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        handle = os.open(self.root() / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -227,5 +274,5 @@ def _entries(folder: Path) -> Iterator[tuple[int, int, Path]]:
             continue
         if path.suffix == PART:
             yield found.st_mtime_ns, int(path.suffixes[-2][1:]), path
-        elif path.name not in (ATTEMPTS, "lock"):
+        elif path.name not in (ATTEMPTS, LOCK, WAITING):
             yield found.st_mtime_ns, found.st_size, path

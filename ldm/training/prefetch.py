@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ldm.node_cache import NodeCache
 from ldm.shards import ShardInfo
-from ldm.storage import StoredFile
 
 THREADS = 4  # files that one process fetches at once
 LOOKS = 16  # at every shard of every lane, on the average
@@ -57,9 +56,4 @@ class Prefetcher:
             del self.asked[next(iter(self.asked))]
         if not known:
             for stored in self.shards[shard].stored:
-                self.threads.submit(self._fetch, stored)
-
-    def _fetch(self, stored: StoredFile) -> None:
-        """Fetches a file and lets go of it, so that it may be thrown out again before it is read, if it must."""
-        with self.cache.file(stored):
-            pass
+                self.threads.submit(self.cache.ahead, stored)

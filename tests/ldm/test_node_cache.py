@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ldm.node_cache import DamagedFile, NodeCache
+from ldm import node_cache
+from ldm.node_cache import POLL_SECONDS, DamagedFile, NodeCache
 from ldm.storage import StorageError, StoredFile
 from tests.s3_server import BUCKET, S3Server
 
+SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 SIZE = 1000
 CHILD = """
 import sys
@@ -148,3 +151,56 @@ def test_who_waits_for_a_fetch_does_not_wait_for_those_who_read_the_file_after_i
         finally:
             os.close(fetching)
     assert kept(cache) == {path.name} and s3.requests["GET", "waited-for.tar"] == 0
+
+
+def test_who_reads_waits_for_what_is_fetched_ahead_and_nothing_is_fetched_ahead_meanwhile(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, ahead, also_ahead, a, b, later = (put(s3, f"wait-{i}.tar", 70 + i) for i in range(6))
+    cache, download = NodeCache(str(tmp_path), 3 * SIZE), node_cache._download
+    under_way, go_on = threading.Semaphore(0), threading.Event()
+
+    def slowly(stored: StoredFile, part: Path) -> None:
+        if stored in (ahead, also_ahead):
+            under_way.release()
+            assert go_on.wait(60)
+        download(stored, part)
+
+    def read(stored: StoredFile) -> int:
+        with cache.file(stored) as path:
+            return len(path.read_bytes())
+
+    monkeypatch.setattr(node_cache, "_download", slowly)
+    with cache.file(held), ThreadPoolExecutor(4) as pool:
+        fetching = [pool.submit(cache.ahead, stored) for stored in (ahead, also_ahead)]
+        assert under_way.acquire(timeout=60) and under_way.acquire(timeout=60)  # both have room
+        reading = [pool.submit(read, stored) for stored in (a, b)]
+        while not cache._somebody_waits():
+            time.sleep(POLL_SECONDS)
+        cache.ahead(later)
+        assert not any(future.done() for future in (*fetching, *reading))
+        go_on.set()
+        assert [future.result(60) for future in reading] == [SIZE, SIZE]
+        assert [future.result(60) for future in fetching] == [None, None]
+        assert name_of(held) in kept(cache) and s3.requests["GET", "wait-5.tar"] == 0
+    cache.ahead(later)
+    assert name_of(later) in kept(cache) and not cache._somebody_waits()
+
+
+def test_readers_are_never_refused_while_what_they_read_at_once_fits(s3: S3Server, tmp_path: Path) -> None:
+    """Four read and four fetch ahead, by chance, where five files have room."""
+    files, cache = [put(s3, f"tight-{i}.tar", 90 + i) for i in range(10)], NodeCache(str(tmp_path), 5 * SIZE)
+
+    def work(number: int) -> None:
+        chance = random.Random(SEED * 100 + number)
+        for stored in chance.choices(files, k=15):
+            if number % 2:
+                cache.ahead(stored)
+            else:
+                with cache.file(stored) as path:
+                    assert path.read_bytes()[0] == 90 + files.index(stored)
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(work, number) for number in range(8)]:
+            future.result(120)
+    assert len(kept(cache)) <= 5 and all(name.endswith(".tar") for name in kept(cache))

@@ -76,12 +76,11 @@ def test_ranks_of_a_node_read_what_lies_on_s3_and_fetch_each_shard_once(
 
 
 def test_a_cache_smaller_than_the_data_is_kept_within_its_limit(
-    s3: S3Server, on_disk: TrainData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, on_disk: TrainData, tmp_path: Path
 ) -> None:
     """The disk holds eight of twelve shards: two lanes read from two windows of two."""
     size = sum(Path(name).stat().st_size for info in on_disk.shards[:1] for name in (info.tar, info.index))
     data = upload(s3, on_disk, "small", cache := NodeCache(str(tmp_path / "cache"), 8 * size))
-    monkeypatch.setattr(Prefetcher, "_fetch", lambda self, stored: None)  # only what is read
     # Six open shards at most, of 12: what was used longest ago goes.
     assert sequence(data, steps=3 * STEPS) == sequence(on_disk, steps=3 * STEPS)
     left = sum(path.stat().st_size for path in cache.root().glob("*.*"))
@@ -168,9 +167,9 @@ def test_looking_ahead_costs_few_looks_and_starts_anew_where_a_run_goes_on(s3: S
 def test_what_cannot_be_fetched_ahead_is_fetched_by_who_reads_it(
     s3: S3Server, on_disk: TrainData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(self: Prefetcher, stored: StoredFile) -> None:
+    def refuses(self: NodeCache, stored: StoredFile) -> None:
         raise OSError("the network is away")
 
     data = upload(s3, on_disk, "away", NodeCache(str(tmp_path / "cache"), 10**9))
-    monkeypatch.setattr(Prefetcher, "_fetch", refuses)
+    monkeypatch.setattr(NodeCache, "ahead", refuses)
     assert sequence(data) == sequence(on_disk)
