@@ -27,7 +27,7 @@ PAGE = 1000  # keys that S3 lists, or removes, in one answer
 # Of every call: seconds that an answer is waited for, and how often silence and refusals (503 SlowDown, say) are asked
 # again, after pauses of up to 1, 2, 4 and 8 seconds. A busy store is borne, a dead one named within about a minute. The
 # mode is botocore's oldest: its others stop asking again once a hundred calls have been refused at the same time.
-PATIENCE = {"connect_timeout": 5, "read_timeout": 12, "retries": {"mode": "legacy", "total_max_attempts": 5},
+PATIENCE = {"connect_timeout": 5, "read_timeout": 10, "retries": {"mode": "legacy", "total_max_attempts": 5},
             "max_pool_connections": 50}  # fmt: skip
 # Of the first look at a place: work under way waits and asks again for longer, but who has just begun wants to know.
 FIRST_LOOK = {"connect_timeout": 4, "read_timeout": 8, "retries": {"total_max_attempts": 2}}

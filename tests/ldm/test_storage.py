@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def test_a_store_that_falls_silent_is_named_after_a_bounded_time(
 ) -> None:
     patience = storage.PATIENCE
     attempts, pauses = patience["retries"]["total_max_attempts"], 1 + 2 + 4 + 8
-    assert attempts * max(patience["read_timeout"], patience["connect_timeout"]) + pauses <= 80
+    assert attempts * max(patience["read_timeout"], patience["connect_timeout"]) + pauses <= 65
     monkeypatch.setitem(patience, "read_timeout", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -81,10 +80,9 @@ def test_a_store_that_falls_silent_is_named_after_a_bounded_time(
             monkeypatch.setenv(name, "test")
         held: list[socket.socket] = []
         threading.Thread(target=_accept, args=(listener, held), daemon=True).start()
-        begun = time.monotonic()
         with pytest.raises(StorageError, match=f"silent/x.txt: .*AWS_ENDPOINT_URL={address}"):
             storage.get_file(place("s3://bucket/silent/x.txt"), tmp_path / "x")
-        assert time.monotonic() - begun < 40 and len(held) == attempts
+        assert len(held) == attempts
     for connection in held:
         connection.close()
 
