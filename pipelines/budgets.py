@@ -1,9 +1,9 @@
-"""How often a host is asked, by all workers of a run together: requests_per_second of the settings.
+"""How often a host is asked, by all workers of a cluster together: requests_per_second of the settings.
 
-One HostBudgets serves all workers (an actor of pipelines/cluster.py) or, where there is none, a process. It hands out
-moments: a request that asks for its turn is told how many seconds to wait. What the threads of a process ask for while
-a question is under way goes out together with the next one, so that a worker of 64 threads asks some hundred times a
-second at most, however fast its URLs come.
+One HostBudgets serves the workers of all runs (an actor of pipelines/cluster.py) or, where there is none, a process. It
+hands out moments: a request that asks for its turn is told how many seconds to wait. What the threads of a process ask
+for while a question is under way goes out together with the next one, so that a worker of 64 threads asks some hundred
+times a second at most, however fast its URLs come.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class HostBudgets:
         if len(self.free_at) > HOSTS_KEPT:
             self.free_at = {host: at for host, at in self.free_at.items() if at > now}
         return waits
+
+    def busy_seconds(self) -> float:
+        """In how many seconds every host is free, so that all of them may be forgotten."""
+        return max(self.free_at.values(), default=0.0) - time.monotonic()
 
 
 class Turns:

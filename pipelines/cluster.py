@@ -39,6 +39,8 @@ STARTS = 3  # of a local Ray, which gives itself 30 seconds, on a busy machine n
 SYSTEM_RETRIES = 3  # of a shard, after a crash of its worker or node, not after an error
 RESTARTS = 20  # of one worker that holds a model: it may be killed while it loads, where no shard is tried
 STOP_SECONDS = 5  # that shards under way are given to end once one said that all would fail
+NAMESPACE = "latent diffusion"  # of what all runs on a cluster share
+IDLE_SECONDS = 60.0  # after which what nobody asks any more ends
 
 
 class ClusterAway(RuntimeError):
@@ -121,19 +123,12 @@ class Step:
     running: int = 0
     actors: list[Any] = field(default_factory=list)
     task: Any = None  # made once: Ray exports every function that it is handed, and forgets none
-    shared: Any = None  # the actor that serves all workers of the stage, where shared(job) names a class
 
 
-def _run_shard(module: str, job: Job, shard: int, shared: Any) -> Record:
-    run_shard = importlib.import_module(module).run_shard
-    return run_shard(job, shard) if shared is None else run_shard(job, shard, _asking(shared))
-
-
-def _asking(actor: Any) -> Callable[..., Any]:
-    """Asks an actor and waits for what it answers."""
-    import ray
-
-    return lambda *question: ray.get(actor.ask.remote(*question))
+def _run_shard(module: str, job: Job, shard: int) -> Record:
+    stage = importlib.import_module(module)
+    kind = getattr(stage, "shared", lambda job: None)(job)
+    return stage.run_shard(job, shard) if kind is None else stage.run_shard(job, shard, _asking(kind))
 
 
 def _run_whole(module: str, job: Job) -> Record:
@@ -226,8 +221,7 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
     if worker is None:
         if step.task is None:
             step.task = ray.remote(_run_shard).options(max_retries=SYSTEM_RETRIES, **needs)
-            step.shared = _share(getattr(module, "shared", lambda job: None)(step.job))
-        return step.task.remote(step.module, step.job, shard, step.shared), None
+        return step.task.remote(step.module, step.job, shard), None
     if not step.actors:
         step.actors.append(
             ray.remote(worker).options(max_restarts=RESTARTS, max_task_retries=SYSTEM_RETRIES, **needs).remote(step.job)
@@ -236,13 +230,58 @@ def _start(step: Step, shard: int) -> tuple[Any, Any]:
     return actor.run_shard.remote(shard), actor
 
 
-def _share(kind: type | None) -> Any:
-    """One instance for all workers, in an actor that begins anew when its node dies; it must bear that."""
+class Shared:
+    """One instance of a class for all workers of all runs on a cluster, in an actor that ends when nobody asks it.
+
+    It belongs to no run, so that none that ends takes it from another, and nothing stays of those that are killed. The
+    next question begins it anew; so it stays for `busy_seconds`, while what it knows matters.
+    """
+
+    def __init__(self, kind: type, idle_seconds: float) -> None:
+        self.instance, self.idle_seconds = kind(), idle_seconds
+        self.asked_at, self.lock = time.monotonic(), threading.Lock()
+        threading.Thread(target=self._end_when_idle, daemon=True).start()
+
+    def ask(self, *question: Any) -> Any:
+        with self.lock:
+            self.asked_at = time.monotonic()
+            return self.instance.ask(*question)
+
+    def _end_when_idle(self) -> None:
+        import ray
+
+        while (left := self._seconds_left()) > 0:
+            time.sleep(left)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _seconds_left(self) -> float:
+        with self.lock:
+            return max(self.asked_at + self.idle_seconds - time.monotonic(), self.instance.busy_seconds())
+
+
+def _asking(kind: type) -> Callable[..., Any]:
+    """Asks the one instance that this cluster has, and waits for what it answers; one that has ended begins anew."""
     import ray
 
-    if kind is None:
-        return None
-    return ray.remote(kind).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    def find() -> Any:
+        shared = ray.remote(Shared).options(
+            name=kind.__name__, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", num_cpus=0
+        )
+        return shared.remote(kind, IDLE_SECONDS)
+
+    actor = find()
+
+    def ask(*question: Any) -> Any:
+        nonlocal actor
+        while True:
+            try:
+                return ray.get(actor.ask.remote(*question))
+            except ray.exceptions.RayActorError as error:
+                if getattr(error, "actor_init_failed", False):
+                    raise
+                actor = find()
+
+    return ask
 
 
 def _failure(failed: list[tuple[Step, int, Exception]]) -> ShardsFailed:

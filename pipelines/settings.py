@@ -61,7 +61,7 @@ class DownloadConfig:
     threads: int  # requests under way for one shard; hosts that answer slowly want many
     user_agent: str
     respect_robots: bool  # robots.txt and opt-out headers
-    requests_per_second: float | None  # for each host, by all workers of a run together; null is no budget
+    requests_per_second: float | None  # for each host, by all workers of a cluster together; null is no budget
     min_yield: float  # share of a shard's rows below which something is broken: the stage stops
     yield_after: int  # URLs of a shard after which that share is asked for, long before its last one
 

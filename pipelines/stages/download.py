@@ -213,7 +213,7 @@ def fetching_with(fetcher: Fetcher, arrivals: Arrivals) -> Iterator[None]:
 
 # -- one shard --------------------------------------------------------------------------------------------------------
 def shared(job: Job) -> type[HostBudgets] | None:
-    """What all workers of the stage share one instance of, in an actor of pipelines/cluster.py."""
+    """What the workers of all runs share one instance of, in an actor of pipelines/cluster.py."""
     return None if job.what["dataset.download"].requests_per_second is None else HostBudgets
 
 

@@ -23,11 +23,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_turns_of_a_host_lie_apart_whoever_asks_and_hosts_do_not_wait_for_each_other(clock: list[float]) -> None:
     shared = HostBudgets()
     assert shared.ask({"a.test": 2, "b.test": 1}, 4.0) == {"a.test": [0.0, 0.25], "b.test": [0.0]}
-    assert shared.ask({"a.test": 1}, 4.0) == {"a.test": [0.5]}
+    assert shared.ask({"a.test": 1}, 4.0) == {"a.test": [0.5]} and shared.busy_seconds() == 0.75
     clock[0] += 0.6
     assert shared.ask({"a.test": 2, "b.test": 1}, 4.0) == {"a.test": [pytest.approx(0.15), pytest.approx(0.4)],
                                                             "b.test": [0.0]}  # fmt: skip
     clock[0] += 10
+    assert shared.busy_seconds() < 0
     assert shared.ask({"a.test": 1}, 4.0) == {"a.test": [0.0]}, "what was not used is not saved up"
 
 

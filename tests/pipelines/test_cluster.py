@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from ldm.images import encode_png
 from pipelines import cluster
-from pipelines.config import compose
+from pipelines.config import CONF, compose
 from pipelines.dag import How, Job
 from pipelines.manifest import Record, StageFolder
 from pipelines.settings import ClipScoreConfig, Resources
@@ -232,3 +235,91 @@ def test_workers_together_ask_a_host_no_more_often_than_its_budget_allows(
     # No request comes before its turn; the first may come late, on a busy machine. Each on its own takes half the time.
     assert len(together) >= 2 * rows - 8
     assert max(together) - min(together) >= 0.75 * (len(together) - 1) / per_second
+
+
+OTHER_RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from pipelines import cluster
+from pipelines.config import compose
+from tests.pipelines.test_cluster import a_download
+folder, server, address, rows, per_second = sys.argv[1:]
+with cluster.connect(replace(compose([]).cluster, address=address)):
+    step = a_download(Path(folder), server, 2, int(rows), float(per_second))
+    cluster.stream([step], [1], lambda stage, record: print(record.samples, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_together_ask_a_host_no_more_often_than_its_budget_allows(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrivals: list[tuple[float, str]] = []
+    first, both = threading.Event(), threading.Event()
+    noting, picture = threading.Lock(), encode_png(np.full((120, 130, 3), 77, np.uint8))
+
+    def answer(self: Unkind) -> None:
+        with noting:
+            arrivals.append((time.monotonic(), self.path[:12]))  # /good?000001
+            first.set()
+            if len({shard for _, shard in arrivals}) == 2:
+                both.set()
+        both.wait(90)  # the run that comes first waits for the other
+        self.answer(200, picture)
+
+    monkeypatch.setattr(Unkind, "on_good", answer)
+    theirs, ours, per_second = 20, 28, 10.0
+    with unkind_server() as server:
+        address = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-c", OTHER_RUN, tmp_path / "other", server, address, str(theirs), str(per_second)]
+        with subprocess.Popen(command, cwd=CONF.parent, stdout=subprocess.PIPE, text=True) as other:
+            assert first.wait(120)  # so that it is the other run that makes the budgets, and ends before this one
+            records: list[Record] = []
+            step = a_download(tmp_path, server, 1, ours, per_second)
+            cluster.stream([step], [0], lambda stage, record: records.append(record))
+            assert other.communicate(timeout=120)[0] == f"{theirs}\n" and other.returncode == 0
+    assert [record.samples for record in records] == [ours]
+    began = max(min(at for at, shard in arrivals if shard == one) for _, one in arrivals)
+    together = [at for at, _ in arrivals if at >= began]
+    # As above; a budget for each run would make it two thirds of the time.
+    assert len(together) >= theirs + ours - 8
+    assert max(together) - min(together) >= 0.8 * (len(together) - 1) / per_second
+
+
+class Tally:
+    """Counts its questions."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, busy: float) -> int:
+        self.asked, self.busy_until = self.asked + 1, time.monotonic() + busy
+        return self.asked
+
+    def busy_seconds(self) -> float:
+        return self.busy_until - time.monotonic() if self.asked else 0.0
+
+
+def names() -> list[str]:
+    return [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+
+
+def test_what_nobody_asks_ends_when_nothing_is_lost_by_it_and_the_next_question_begins_it_anew(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "IDLE_SECONDS", 0.2)
+    ask, other = cluster._asking(Tally), cluster._asking(Tally)
+    begun = time.monotonic()
+    assert ask(2.0) == 1 and other(2.0) == 2
+    while True:  # longer than nobody asks, but what it knows still matters
+        there = "Tally" in names()
+        if time.monotonic() > begun + 1.8:
+            break
+        assert there
+        time.sleep(0.1)
+    until = time.monotonic() + 60
+    while "Tally" in names() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert "Tally" not in names()
+    assert other(0.0) == 1
