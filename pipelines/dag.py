@@ -241,13 +241,16 @@ class Dag:
         return root / (run or paths.reuse.get(stage, self.config.name)) / stage
 
     def _mixed(self, stage: str) -> dict[str, StageFolder]:
-        """What a stage reads of the runs in dataset.mixture: "precompute_latents@photos" -> its folder."""
-        mixture = self.config.dataset.mixture if "dataset.mixture" in STAGES[stage].settings else {}
+        """What `train`, and what comes after it, reads of the runs in dataset.mixture.
+
+        "precompute_latents@photos" -> its folder.
+        """
+        mixture = self.config.dataset.mixture if stage == "train" or "train" in STAGES[stage].reads else {}
         folders = {}
         for name, weight in mixture.items():
             if weight <= 0 or name == self.config.name:
                 raise ConfigError(f"dataset.mixture has {name}: {weight}; expected another run with a weight above 0")
-            for read in STAGES[stage].reads:
+            for read in (read for read in STAGES[stage].reads if STAGES[read].kind != "whole"):
                 folder = stage_folder(self.home(read, name), read, self.config.cluster.cache)
                 if folder.manifest() is None:
                     raise ConfigError(
@@ -261,6 +264,7 @@ class Dag:
         path = self.home(stage)
         if STAGES[stage].many:
             digests = {read: self._digest_read(stage, read) for read in reads(self.config, stage)}
+            digests |= self._mixed_digests(stage)
             path /= sha256_bytes(canonical({"fingerprint": self.fingerprints[stage], "inputs": digests}))[:8]
         return stage_folder(path, stage, self.config.cluster.cache)
 
@@ -291,9 +295,7 @@ class Dag:
         if record is None or not self._inputs_done(job.stage):
             return Status(job)
         digests = {read: self._digest_read(job.stage, read) or "" for read in reads(self.config, job.stage)}
-        for name, folder in self._mixed(job.stage).items():
-            manifest, pinned = folder.manifest(), record.inputs.get(name)
-            digests[name] = pinned if pinned in edition_digests(manifest) else manifest["digest"]
+        digests |= self._mixed_digests(job.stage)
         if reason := _stale(job, record, digests, job.output.missing_files([record]).get(None)):
             raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
@@ -303,10 +305,23 @@ class Dag:
 
     def _digest_read(self, stage: str, read: str) -> str | None:
         """What a stage that makes one result reads: it pins an edition, and what comes after `train` reads the same."""
-        status, pinning = self.statuses[read], "train" if "train" in reads(self.config, stage) else stage
-        record = read_record(self.home(pinning) / "record.json") if status.editions else None
-        pinned = record.inputs.get(read) if record else None
+        status = self.statuses[read]
+        pinned = self._pinned(stage).get(read) if status.editions else None
         return pinned if pinned in status.editions else status.digest
+
+    def _mixed_digests(self, stage: str) -> dict[str, str]:
+        """The same for what is read of the runs in dataset.mixture."""
+        digests = {}
+        for name, folder in self._mixed(stage).items():
+            manifest, pinned = folder.manifest(), self._pinned(stage).get(name)
+            digests[name] = pinned if pinned in edition_digests(manifest) else manifest["digest"]
+        return digests
+
+    def _pinned(self, stage: str) -> dict[str, str]:
+        """The digests that were read by a stage that makes one result, or by `train` where it comes after that."""
+        pinning = "train" if "train" in reads(self.config, stage) else stage
+        record = read_record(self.home(pinning) / "record.json")
+        return record.inputs if record else {}
 
     def _shards_status(self, job: Job) -> Status:
         records, manifest = job.output.committed(), job.output.manifest()

@@ -52,12 +52,25 @@ class Sample:
     fields: dict[str, bytes]  # as the shard holds it: "moments.npy" or "latent.npy", "txt"
 
 
-def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
+def trained_on(inputs: dict[str, StageFolder]) -> Iterator[tuple[str, Sample]]:
+    """(run, sample) of all samples trained on: this run's own, "", then those of each run mixed in, by name."""
+    for of in runs_read(inputs):
+        latents = inputs[f"precompute_latents{of}"]
+        yield from ((of.removeprefix("@"), sample) for sample in training_set(latents, inputs["train"], of))
+
+
+def runs_read(inputs: dict[str, StageFolder]) -> list[str]:
+    """Whose latents are read: "" is this run, "@photos" another one that dataset.mixture names."""
+    return sorted(name.removeprefix("precompute_latents") for name in inputs if name.startswith("precompute_latents"))
+
+
+def training_set(latents: StageFolder, train: StageFolder, of: str = "") -> Iterator[Sample]:
     """The samples trained on, in key order: those of `precompute_latents` whose bit in train's selection is set.
 
-    They are this run's own; what dataset.mixture adds to them is not among them.
+    They are this run's own, or those of another run that was mixed in, "@photos".
     """
-    masks = read_selection(train / "selection.parquet")
+    path = train / f"selection{of}.parquet"
+    masks = read_selection(path)
     for shard, record in closed_records(latents).items():
         if shard > max(masks, default=-1):
             continue  # it came with a later edition than the one that was trained on
@@ -65,7 +78,7 @@ def training_set(latents: StageFolder, train: StageFolder) -> Iterator[Sample]:
         places = sorted((key, which, i) for which, reader in enumerate(readers) for i, key in enumerate(reader.keys()))
         if len(masks.get(shard, ())) != len(places):
             raise ValueError(
-                f"{train / 'selection.parquet'} has {len(masks.get(shard, ()))} bits for shard {shard}, which holds "
+                f"{path} has {len(masks.get(shard, ()))} bits for shard {shard}, which holds "
                 f"{len(places)} samples; train again with: python -m pipelines.run +stage=train overwrite=true"
             )
         for used, (key, which, i) in zip(masks[shard], places, strict=True):
@@ -93,9 +106,10 @@ def closed_records(latents: StageFolder) -> dict[int, Record]:
     return records
 
 
-def samples_of(train: StageFolder) -> int:
-    """How many samples were trained on."""
-    return sum(int(mask.sum()) for mask in read_selection(train / "selection.parquet").values())
+def samples_of(inputs: dict[str, StageFolder]) -> int:
+    """How many samples were trained on, those that were mixed in among them."""
+    paths = [inputs["train"] / f"selection{of}.parquet" for of in runs_read(inputs)]
+    return sum(int(mask.sum()) for path in paths for mask in read_selection(path).values())
 
 
 def shard_infos(latents: StageFolder, record: Record) -> list[ShardInfo]:

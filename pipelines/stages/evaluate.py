@@ -20,7 +20,7 @@ from ldm.sheet import Tile, draw_sheet
 from pipelines.dag import Job
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, read_json, write_json, write_whole
-from pipelines.training_set import Sample, autoencoder_settings, input_digests, latent_field, training_set
+from pipelines.training_set import Sample, autoencoder_settings, input_digests, latent_field, trained_on
 
 COLUMNS = 4
 DECODE_BATCH = 32
@@ -39,7 +39,7 @@ def run(job: Job) -> Record:
         )
     prompts = [drawn["prompts"][i]["prompt"] for i in seen]
     z0 = load_file(job.inputs["generate"] / "latents.safetensors")["z0"][seen]
-    samples = list(training_set(job.inputs["precompute_latents"], job.inputs["train"]))
+    samples = [sample for _, sample in trained_on(job.inputs)]
     training = clean_latents(samples, job.what["autoencoder"])
     prompt, caption = number_captions(prompts, [sample.caption for sample in samples])
     recall = prompt_recall(z0, training, prompt, caption)

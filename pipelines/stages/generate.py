@@ -1,5 +1,7 @@
 """Draws pictures from the newest checkpoint: by default one for every caption that was trained on, and some new ones.
 
+Of captions that dataset.mixture brought in, those of a run with weight 0.5 are drawn half as often as this run's own.
+
 train/step-00001000/ -> generate/1a2b3c4d/{latents.safetensors, prompts.json, images/000042.png, grid.png}
 
 The folder is named by the settings and by what they were applied to, so other prompts never overwrite these; the
@@ -24,7 +26,7 @@ from ldm.training.checkpoint import newest
 from pipelines.dag import Job
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, write_json, write_whole
-from pipelines.training_set import autoencoder_settings, input_digests, samples_of, training_set
+from pipelines.training_set import autoencoder_settings, input_digests, samples_of, trained_on
 
 MAX_CAPTIONS = 10_000  # that are drawn without being named: more is no oversight only if it is written down
 COLUMNS = 6
@@ -40,7 +42,7 @@ def run(job: Job) -> Record:
     settings: GenerationConfig = job.what["generation"]
     torch.set_num_threads(job.how.cluster.whole_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = choose_prompts(settings, captions_of(job))
+    prompts = choose_prompts(settings, captions_of(job), weights_of(job))
     autoencoder = autoencoder_settings(job)
     checkpoint = newest(job.inputs["train"].path)
     if checkpoint is None:
@@ -62,22 +64,46 @@ def run(job: Job) -> Record:
     return record
 
 
-def captions_of(job: Job) -> list[str] | None:
-    """The captions that were trained on; None when they are too many to look through."""
-    if samples_of(job.inputs["train"]) > MAX_CAPTIONS:
+def captions_of(job: Job) -> dict[str, list[str]] | None:
+    """The captions that were trained on, of this run ("") and of those mixed in; None: too many to look through."""
+    if samples_of(job.inputs) > MAX_CAPTIONS:
         return None
-    return [sample.caption for sample in training_set(job.inputs["precompute_latents"], job.inputs["train"])]
+    captions: dict[str, list[str]] = {"": []}
+    for run, sample in trained_on(job.inputs):
+        captions.setdefault(run, []).append(sample.caption)
+    return captions
 
 
-def choose_prompts(settings: GenerationConfig, captions: list[str] | None) -> list[dict[str, Any]]:
+def weights_of(job: Job) -> dict[str, float]:
+    """How often each run that is mixed in was trained on, as against this one, from the plan of `train`."""
+    plan = job.inputs["train"].read_plan() or {"what": {}}
+    return plan["what"].get("dataset.mixture", {})
+
+
+def drawn(captions: dict[str, list[str]], weights: dict[str, float]) -> list[str]:
+    """This run's captions, and of those mixed in so many as their weight says, spread evenly."""
+    chosen = list(captions[""])
+    for run, weight in sorted(weights.items()):
+        theirs = captions.get(run, [])
+        count = min(len(theirs), round(weight * len(captions[""])))
+        chosen += [theirs[i * len(theirs) // count] for i in range(count)]
+    return chosen
+
+
+def choose_prompts(
+    settings: GenerationConfig, captions: dict[str, list[str]] | None, weights: dict[str, float]
+) -> list[dict[str, Any]]:
     """[{prompt, seen}]: the prompts in order, and whether a training sample has them as its caption (None: unknown)."""
-    if settings.prompts is None and captions is None:
+    if settings.prompts is not None:
+        chosen = settings.prompts
+    elif captions is not None:
+        chosen = drawn(captions, weights)
+    else:
         raise ValueError(
             f"generation.prompts is null, which asks for a picture of each caption that was trained on; that is done "
             f"for {MAX_CAPTIONS} at most, and there are more: name them in generation.prompts"
         )
-    chosen = (captions or []) if settings.prompts is None else settings.prompts
-    known = None if captions is None else set(captions)
+    known = None if captions is None else {caption for each in captions.values() for caption in each}
     prompts = [*chosen, *settings.unseen_prompts]
     return [{"prompt": prompt, "seen": None if known is None else prompt in known} for prompt in prompts]
 

@@ -19,6 +19,7 @@ from pipelines.manifest import StageFolder, sum_funnel
 from pipelines.selection import write_selection
 
 CAPTIONS = ["cat", "dog", "red apple", "house", "zebra", "green tree", "moon", "blue fish"]
+MIXED_CAPTIONS = [f"photo of a {thing}" for thing in ("cat", "cow", "car", "cup", "cap", "can", "cub", "cog")]
 NOT_USED = 6  # the sample that the selection leaves out
 SHAPE = (4, 8, 8)
 SCALE_FACTOR = 0.5
@@ -30,16 +31,15 @@ NETWORK = AutoencoderConfig(
 )  # fmt: skip
 
 
-def latents() -> torch.Tensor:
+def latents(seed: int = 7) -> torch.Tensor:
     """The scaled means (8, c, h, w) of the samples."""
-    return torch.randn(len(CAPTIONS), *SHAPE, generator=torch.Generator().manual_seed(7)).half().float() * SCALE_FACTOR
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(len(CAPTIONS), *SHAPE, generator=random).half().float() * SCALE_FACTOR
 
 
 def make_run(run: Path) -> dict[str, StageFolder]:
     """precompute_latents and train of a run; train has no checkpoint yet."""
-    cache, train = StageFolder(run / "precompute_latents", "precompute_latents"), StageFolder(run / "train", "train")
-    records = [_write_shard(cache, shard, range(4 * shard, 4 * shard + 4)) for shard in range(2)]
-    cache.close("f", records, sum_funnel(records))
+    cache, train = make_latents(run, CAPTIONS, latents()), StageFolder(run / "train", "train")
     used = np.arange(len(CAPTIONS)) != NOT_USED
     with train.attempt(None, "f") as attempt:
         write_selection(attempt.path / "selection.parquet", {0: used[:4], 1: used[4:]})
@@ -47,15 +47,30 @@ def make_run(run: Path) -> dict[str, StageFolder]:
     return {"precompute_latents": cache, "train": train}
 
 
-def _write_shard(cache: StageFolder, shard: int, members: range) -> Any:
+def make_latents(run: Path, captions: list[str], means: torch.Tensor) -> StageFolder:
+    """precompute_latents of a run, in two shards."""
+    cache = StageFolder(run / "precompute_latents", "precompute_latents")
+    records = [_write_shard(cache, shard, range(4 * shard, 4 * shard + 4), captions, means) for shard in range(2)]
+    cache.close("f", records, sum_funnel(records))
+    return cache
+
+
+def mix_in(inputs: dict[str, StageFolder], run: Path, weight: float) -> None:
+    """Latents of a run "photos", as if `train` had mixed them in, all eight of them."""
+    inputs["precompute_latents@photos"] = make_latents(run, MIXED_CAPTIONS, latents(8))
+    inputs["train"].write_plan({"what": {"dataset.mixture": {"photos": weight}}})
+    write_selection(inputs["train"] / "selection@photos.parquet", {0: np.ones(4, bool), 1: np.ones(4, bool)})
+
+
+def _write_shard(cache: StageFolder, shard: int, members: range, captions: list[str], scaled: torch.Tensor) -> Any:
     logvar = np.full(SHAPE, -9.0, np.float16)
-    means = (latents() / SCALE_FACTOR).half().numpy()
+    means = (scaled / SCALE_FACTOR).half().numpy()
     with cache.attempt(shard, "f") as attempt:
         (attempt.path / "64").mkdir()
         writer = ShardWriter(attempt.path / f"64/{shard:06d}.tar", attempt.path / f"64/{shard:06d}.index")
         for i in members:
             moments = encode_array(np.concatenate([means[i], logvar]))
-            writer.write(f"{shard:06d}{i:02d}", {"moments.npy": moments, "txt": CAPTIONS[i].encode()})
+            writer.write(f"{shard:06d}{i:02d}", {"moments.npy": moments, "txt": captions[i].encode()})
         writer.close()
         return attempt.commit(rows=len(members), samples=len(members), dropped={}, inputs={})
 

@@ -16,7 +16,16 @@ from pipelines.journal import read_images, read_metrics
 from pipelines.manifest import StageFolder, read_json, write_json
 from pipelines.stages import evaluate
 from pipelines.training_set import input_digests
-from tests.pipelines.stages.small_run import CAPTIONS, NOT_USED, autoencoder, latents, make_job, make_run
+from tests.pipelines.stages.small_run import (
+    CAPTIONS,
+    MIXED_CAPTIONS,
+    NOT_USED,
+    autoencoder,
+    latents,
+    make_job,
+    make_run,
+    mix_in,
+)
 
 SETTINGS = EvaluationConfig(shuffle_seed=0, pairs=4)
 USED = [caption for i, caption in enumerate(CAPTIONS) if i != NOT_USED]
@@ -36,8 +45,12 @@ def used_latents() -> torch.Tensor:
     return latents()[[i for i in range(len(CAPTIONS)) if i != NOT_USED]]
 
 
-def run_evaluate(run: Path, z0: torch.Tensor, prompts: list[tuple[str, bool]]) -> dict[str, object]:
+def run_evaluate(
+    run: Path, z0: torch.Tensor, prompts: list[tuple[str, bool]], mixed: bool = False
+) -> dict[str, object]:
     inputs = make_run(run)
+    if mixed:
+        mix_in(inputs, run / "photos", 0.5)
     inputs["generate"] = generated(run, z0, prompts)
     job = make_job(run, "evaluate", {"evaluation": SETTINGS, "autoencoder": autoencoder(run)}, inputs)
     record = evaluate.run(job)
@@ -64,6 +77,13 @@ def test_a_model_that_mixes_two_up(tmp_path: Path) -> None:
     z0 = used_latents()[[1, 0, 2, 3, 4, 5, 6]]
     figures = run_evaluate(tmp_path, z0, [(caption, True) for caption in USED])
     assert figures["prompt_recall@1"] == pytest.approx(5 / 7)
+
+
+def test_what_was_mixed_in_is_among_the_candidates(tmp_path: Path) -> None:
+    z0 = torch.cat([used_latents(), latents(8)[[1, 4]]])
+    prompts = [(caption, True) for caption in [*USED, MIXED_CAPTIONS[1], MIXED_CAPTIONS[4]]]
+    figures = run_evaluate(tmp_path, z0, prompts, mixed=True)
+    assert (figures["prompt_recall@1"], figures["prompt_recall_candidates"]) == (1.0, 15)
 
 
 def test_a_sample_that_was_not_trained_on_is_no_candidate(tmp_path: Path) -> None:

@@ -28,7 +28,15 @@ from pipelines.manifest import read_json
 from pipelines.stages import generate
 from pipelines.training_set import input_digests
 from tests.ldm.test_generate import CONFIG, TEXT, UNET
-from tests.pipelines.stages.small_run import CAPTIONS, NOT_USED, autoencoder, make_job, make_run
+from tests.pipelines.stages.small_run import (
+    CAPTIONS,
+    MIXED_CAPTIONS,
+    NOT_USED,
+    autoencoder,
+    make_job,
+    make_run,
+    mix_in,
+)
 
 SETTINGS = dataclasses.replace(CONFIG, unseen_prompts=["purple cow", "moon", "cat"], steps=2, grid_pictures=3)
 USED = [caption for i, caption in enumerate(CAPTIONS) if i != NOT_USED]
@@ -82,6 +90,23 @@ def test_every_training_caption_and_the_unseen_ones_are_drawn(tmp_path: Path) ->
     assert Image.open(folder / images[0]).size == (64, 64)
 
 
+@pytest.mark.parametrize("weight, theirs", [(0.5, [0, 2, 4, 6]), (3.0, range(8)), (0.01, [])])
+def test_captions_of_runs_that_were_mixed_in_are_drawn_by_weight(
+    tmp_path: Path, weight: float, theirs: list[int]
+) -> None:
+    inputs = make_run(tmp_path)
+    mix_in(inputs, tmp_path / "photos", weight)
+    job = make_job(tmp_path, "generate", {"generation": SETTINGS, "autoencoder": autoencoder(tmp_path)}, inputs)
+    captions, weights = generate.captions_of(job), generate.weights_of(job)
+    assert captions == {"": USED, "photos": MIXED_CAPTIONS} and weights == {"photos": weight}
+    prompts = generate.choose_prompts(SETTINGS, captions, weights)
+    expected = [(caption, True) for caption in [*USED, *(MIXED_CAPTIONS[i] for i in theirs)]]
+    unseen = [("purple cow", False), ("moon", False), ("cat", True)]
+    assert [(prompt["prompt"], prompt["seen"]) for prompt in prompts] == [*expected, *unseen]
+    named = dataclasses.replace(SETTINGS, prompts=["photo of a cow"], unseen_prompts=[])
+    assert generate.choose_prompts(named, captions, weights) == [{"prompt": "photo of a cow", "seen": True}]
+
+
 def test_the_newest_grid_lies_at_a_fixed_place(tmp_path: Path) -> None:
     folder = run_generate(tmp_path)
     assert (tmp_path / "generate/grid.png").read_bytes() == (folder / "grid.png").read_bytes()
@@ -111,7 +136,7 @@ def test_the_grid_has_a_heading_for_unseen_prompts(tmp_path: Path) -> None:
 
 
 def test_too_many_captions_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "MAX_CAPTIONS", 6)
+    monkeypatch.setattr(generate, "MAX_CAPTIONS", 6)  # of seven
     with pytest.raises(ValueError, match="name them in generation.prompts"):
         run_generate(tmp_path / "a")
     folder = run_generate(tmp_path / "b", dataclasses.replace(SETTINGS, prompts=["cat"]))

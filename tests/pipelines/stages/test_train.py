@@ -106,6 +106,16 @@ def test_the_record_says_what_was_mixed_and_a_cache_made_again_makes_it_stale(tw
         Dag(config).refresh("train")
 
 
+def test_what_comes_after_training_reads_what_was_mixed_in(two: Path) -> None:
+    def job(stage: str, *overrides: str) -> Job:
+        return Dag(config_of(two, *EVERYTHING, *overrides)).refresh(stage).job
+
+    shutil.rmtree(two / "small/train", ignore_errors=True)
+    mixed, alone = job("evaluate", "dataset.mixture={photos: 0.5}"), job("evaluate")
+    assert mixed.inputs.keys() - alone.inputs.keys() == {"precompute_latents@photos"}
+    assert mixed.inputs["precompute_latents@photos"].path == two / "photos/precompute_latents"
+
+
 @pytest.mark.parametrize("mixture, words", [
     ("{nobody: 1}", "names nobody, whose filter_metadata in .* is not finished; make it with: .* name=nobody"),
     ("{photos: 0}", "has photos: 0.0; expected another run with a weight above 0"),
