@@ -13,6 +13,7 @@ skipped, the others stand.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,16 +85,16 @@ class Journal:
         """Weights that lie on disk and stay there: a checkpoint, by the hash of its manifest."""
         self._append("model", name=name, path=self._place(path), sha256=sha256, step=step)
 
-    def model_removed(self, name: str) -> None:
+    def model_removed(self, name: str, step: int) -> None:
         """Weights that were told of are no longer kept."""
-        self._append("model_removed", name=name)
+        self._append("model_removed", name=name, step=step)
 
     def status(self, status: str, reason: str = "") -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
         self._append("status", status=status, reason=reason)
 
     def rewind(self, step: int) -> None:
-        """Training went back to `step` on purpose: the steps after it are told anew and shown again."""
+        """Training went back to `step` on purpose: what was told of later steps is abandoned, and told anew."""
         self._append("rewind", step=step)
 
     def close(self) -> None:
@@ -162,21 +163,36 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and "kind" in entry else None
 
 
-def _that_stand(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal without those of steps that training went back over."""
-    lines: list[dict[str, Any]] = []
-    for entry in read_entries(path)[0]:
+def that_stand(
+    entries: list[dict[str, Any]], rewinds: list[int]
+) -> tuple[list[dict[str, Any]], list[int], dict[str, Any] | None]:
+    """The lines without those of steps that training went back over later.
+
+    `rewinds` are the steps of the times that it went back to among these lines or behind them. Returned with the lines
+    are those that are still to come; and where a time is met that is not among them, the lines end before it, and it
+    is the third.
+    """
+    stand, coming = [], list(rewinds)
+    for entry in entries:
         if entry["kind"] == "rewind":
-            lines = [line for line in lines if (line.get("step") or 0) <= entry["step"]]
-        lines.append(entry)
-    return lines
+            if not coming:
+                return stand, [], entry
+            coming.pop(0)
+        elif (entry.get("step") or 0) <= min(coming, default=math.inf):
+            stand.append(entry)
+    return stand, coming, None
+
+
+def _read_standing(path: Path) -> list[dict[str, Any]]:
+    entries = read_entries(path)[0]
+    return that_stand(entries, [entry["step"] for entry in entries if entry["kind"] == "rewind"])[0]
 
 
 def read_metrics(output: str | Path, stage: str) -> dict[str, list[tuple[int, float, int]]]:
     """Metrics of a stage: name -> [(step, value, time in ms)] by step; the last word on a step counts."""
     points: dict[str, dict[int, tuple[float, int]]] = {}
     for path in journal_paths(output, stage):
-        for entry in _that_stand(path):
+        for entry in _read_standing(path):
             if entry["kind"] == "metrics":
                 for name, value in entry["values"].items():
                     points.setdefault(name, {})[entry["step"] or 0] = (value, entry["time"])
@@ -190,7 +206,7 @@ def read_images(output: str | Path, stage: str) -> dict[str, list[tuple[int, Pat
     """Every picture of a stage: key -> [(step, path)] by rising step."""
     images: dict[str, dict[int, Path]] = {}
     for path in journal_paths(output, stage):
-        for entry in _that_stand(path):
+        for entry in _read_standing(path):
             if entry["kind"] == "image":
                 images.setdefault(entry["key"], {})[entry["step"] or 0] = output_of(path) / entry["path"]
     return {key: sorted(by_step.items()) for key, by_step in sorted(images.items())}

@@ -4,12 +4,14 @@ A run may be killed at any moment and goes on from what is committed. A signal i
 would lose the steps since its last checkpoint, is asked to save first and loses none; every other stage ends at once.
 The second signal ends everything at once.
 
-`ray job stop` kills what is left after RAY_JOB_STOP_WAIT_TIME_S, 3 seconds unless the head node sets more: set 300. It
-signals every process that the job started, so a job joins the cluster (cluster.address=auto) and starts no Ray.
+`ray job stop` kills what is left after RAY_JOB_STOP_WAIT_TIME_S, 3 seconds unless the head node is started with more:
+set 300 there, or for one job by --runtime-env-json='{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}'. It signals
+every process that the job started, so a job joins the cluster (cluster.address=auto) and starts no Ray.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAVING_SECONDS = 30  # what training may take to save and leave
 
 
 class Stopped(BaseException):
@@ -57,6 +60,17 @@ def asking(ask: Callable[[], None], asked: str) -> Iterator[None]:
         yield
     if caught:
         raise Stopped(caught[0])
+
+
+def warn_of_short_grace() -> None:
+    """Says so where `ray job stop` would kill this process before training has saved."""
+    grace = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3))  # a job has the head node's environment, and its own
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and grace < SAVING_SECONDS:
+        print(
+            f"`ray job stop` would kill this job after {grace} s, before training has saved: the head node wants to be "
+            f"started, or the job to be submitted, with RAY_JOB_STOP_WAIT_TIME_S=300",
+            flush=True,
+        )
 
 
 @contextmanager

@@ -5,14 +5,14 @@ Nobody waits for MLflow. Whoever has something to say appends to a journal (pipe
 killed between sending and noting, the same lines are sent again: a point carries the journal's time, so
 that MLflow takes the second one for the first. The ids of the runs lie in outputs/<name>/tracking.json, and
 a continued run goes on in the same MLflow runs. When MLflow does not know them (any more), they are made
-anew and the journals are sent from their beginning.
+anew and the journals are sent from their beginning. So they are when training went back to an earlier
+checkpoint: the old run keeps the abandoned steps, and a new one beside it gets what stands, so that no curve
+doubles back on itself.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,16 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldm.storage import is_remote
-from pipelines.journal import RUN, Journal, journal_path, journal_paths, read_entries
-from pipelines.labels import MAX_KEY, safe_name, shorten, to_csv, to_markdown
+from pipelines.journal import RUN, Journal, journal_path, journal_paths, read_entries, that_stand
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
 from pipelines.settings import TrackingConfig
 from pipelines.shipper import AwayError, Shipper, journaled_stages, sent_path
+from pipelines.stage_run import StageRun, first_line, say
 
 READ_BYTES = 1 << 18  # of one journal at a time: what bounds the memory
-MAX_METRICS, MAX_WORDS = 800, 100  # in one request; MLflow takes 1000 in all, and 100 params or tags
-MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters that MLflow keeps
 STOPPED_SECONDS = 5.0  # what a run that a signal ended waits at most for MLflow
 TOKEN = "ldm.run"  # the tag by which a run is found again when its id was not noted
 
@@ -137,21 +134,14 @@ def page_command(settings: TrackingConfig, output: str | Path) -> str:
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri {uri} --port 5000"
 
 
-def say(message: str) -> None:
-    print(f"tracking: {message}", file=sys.stderr, flush=True)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
-
-
 # ---- what is sent to MLflow ----------------------------------------------------------------------
 def prepare_environment() -> None:
-    """Before MLflow is imported: no telemetry, and short waits, because the shipper does its own retrying."""
+    """Before MLflow is imported: no telemetry, few lines, and short waits, because the shipper tries again itself."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a run ends with the page's address anyway
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     }.items():
@@ -213,10 +203,13 @@ class Server:
         if path.exists():
             notes = check_format(read_json(path), path)
             if notes["uri"] == self.uri:
-                return notes
-        notes = {"format": FORMAT, "uri": self.uri, "token": uuid.uuid4().hex, "runs": {}}
+                return {"rewinds": {}, **notes}
+        notes = {"format": FORMAT, "uri": self.uri, "token": uuid.uuid4().hex, "runs": {}, "rewinds": {}}
         write_json(path, notes)  # before anything is made there: by the token it is found again
         return notes
+
+    def _write_notes(self) -> None:
+        write_json(self.output / "tracking.json", self.notes)
 
     def ship(self) -> bool:
         """Sends up to READ_BYTES of each journal; False when there was nothing to send. Raises AwayError."""
@@ -233,21 +226,39 @@ class Server:
         if path.stat().st_size == sent["offset"]:
             return False
         entries, offset = read_entries(path, sent["offset"], READ_BYTES)
+        rewinds = [rewind["step"] for rewind in self._rewinds(stage) if rewind["journal"] == path.name]
+        entries, coming, back = that_stand(entries, rewinds[sent.get("rewinds", 0) :])
         run.send(entries, sent["steps"])
+        if back is not None:
+            self._leave(stage, path, back)
+            return True
         if offset == sent["offset"]:  # a line that has no end yet
             return False
-        write_json(sent_path(path), {**sent, "offset": offset})
+        write_json(sent_path(path), {**sent, "offset": offset, "rewinds": len(rewinds) - len(coming)})
         self.sent_bytes += offset - sent["offset"]
         return True
 
+    def _rewinds(self, stage: str) -> list[dict[str, Any]]:
+        """Each time that training went back: to which step, by which journal, and the run that was left for it."""
+        return self.notes["rewinds"].get(stage, [])
+
+    def _leave(self, stage: str, path: Path, back: dict[str, Any]) -> None:
+        """Ends a stage's run, which keeps what training went back over; the next one is sent all that stands."""
+        run = self.runs.pop(stage)
+        run.leave(back["step"], back["time"])
+        rewind = {"step": back["step"], "journal": path.name, "run": run.id}
+        self.notes["rewinds"][stage] = [*self._rewinds(stage), rewind]
+        del self.notes["runs"][stage]
+        self._write_notes()
+
     def _sent(self, path: Path, run_id: str) -> dict[str, Any]:
-        """How far a journal was sent to a run, and the highest step sent of each metric."""
+        """How far a journal was sent to a run, the highest step sent of each metric, and how often it went back."""
         place = sent_path(path)
         if place.exists():
             sent = check_format(read_json(place), place)
             if sent["run"] == run_id:
                 return sent
-        return {"format": FORMAT, "run": run_id, "offset": 0, "steps": {}}
+        return {"format": FORMAT, "run": run_id, "offset": 0, "steps": {}, "rewinds": 0}
 
     def _run(self, stage: str) -> StageRun:
         if stage not in self.runs:
@@ -259,11 +270,12 @@ class Server:
         noted = self.notes["runs"].get(stage)
         if noted is not None and self._is_known(noted):
             return noted
-        token = f"{self.notes['token']}/{stage}"
+        rewinds = len(self._rewinds(stage))
+        token = f"{self.notes['token']}/{stage}" + (f"/{rewinds}" if rewinds else "")
         found = self.client.search_runs([self.experiment], f"tags.`{TOKEN}` = '{token}'", max_results=1)
         run_id = found[0].info.run_id if found else self._create_run(stage, token)
         self.notes["runs"][stage] = run_id
-        write_json(self.output / "tracking.json", self.notes)
+        self._write_notes()
         return run_id
 
     def _is_known(self, run_id: str) -> bool:
@@ -284,205 +296,8 @@ class Server:
         opened = [read_entries(path, 0, 1)[0] for path in journal_paths(self.output, stage)]
         started = min((entries[0]["time"] for entries in opened if entries), default=None)
         name = self.output.name if stage == RUN else stage
+        if rewinds := self._rewinds(stage):
+            name += f" from step {rewinds[-1]['step']}"
+            tags |= {"went_back_from": rewinds[-1]["run"], "went_back_to_step": str(rewinds[-1]["step"])}
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=name)
         return run.info.run_id
-
-
-class StageRun:
-    """One MLflow run, and how each kind of journal line is told there. Every line may be told twice."""
-
-    def __init__(self, client: Any, run_id: str, output: Path) -> None:
-        self.client, self.id, self.output = client, run_id, output
-        self._params = dict(client.get_run(run_id).data.params)
-        self._images: set[str] | None = None
-
-    def send(self, entries: list[dict[str, Any]], steps: dict[str, int]) -> None:
-        """Sends lines in order; `steps`, the highest step sent of each metric, is brought up to date."""
-        batch = Batch(self)
-        for entry in entries:
-            kind = entry["kind"]
-            if kind == "metrics":
-                batch.metrics(entry, steps)
-            elif kind in ("params", "tags"):
-                batch.words(kind, entry["values"])
-            elif kind == "rewind":
-                steps.update({key: min(step, entry["step"]) for key, step in steps.items()})
-            else:
-                batch.send()
-                self._tell(kind, entry)
-        batch.send()
-
-    def _tell(self, kind: str, entry: dict[str, Any]) -> None:
-        tell: dict[str, Callable[[dict[str, Any]], None]] = {
-            "text": self._text,
-            "table": self._table,
-            "image": self._image,
-            "artifact": self._artifact,
-            "dataset": self._dataset,
-            "model": self._model,
-            "model_removed": self._model_removed,
-            "status": self._status,
-        }
-        if kind in tell:
-            self.guard(lambda: tell[kind](entry), f"{kind} {entry.get('name') or entry.get('key') or ''}")
-        else:
-            say(f"the journal has a line of the unknown kind {kind!r}; it is left out")
-
-    def guard(self, action: Callable[[], object], what: str) -> None:
-        """Does something; what MLflow refuses for good is said and left out, and blocks nothing."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            action()
-        except MlflowException as error:
-            if not refused(error):
-                raise
-            say(f"MLflow does not take {what}: {first_line(error)}")
-
-    def takes_param(self, key: str, value: str) -> bool:
-        """False for a setting that the run has with another value: MLflow never changes one."""
-        return self._params.setdefault(key, value) == value
-
-    def _text(self, entry: dict[str, Any]) -> None:
-        self.client.log_text(self.id, entry["text"], safe_name(entry["name"]))
-
-    def _table(self, entry: dict[str, Any]) -> None:
-        self.client.log_text(self.id, to_csv(entry["rows"]), f"{safe_name(entry['name'])}.csv")
-        if entry["name"] == "funnel":  # the first thing that somebody should see who opens the run
-            self.client.set_tag(self.id, "mlflow.note.content", shorten(to_markdown(entry["rows"]), MAX_TAG))
-
-    def _image(self, entry: dict[str, Any]) -> None:
-        from PIL import Image
-
-        key, step = safe_name(entry["key"], image=True), entry["step"] or 0
-        if self._images is None:
-            self._images = {Path(a.path).name for a in self.client.list_artifacts(self.id, "images")}
-        # the names that log_image gives: pictures carry no identity of their own that MLflow would compare
-        start, end = f"{key.replace('/', '~')}+step+{step}+", "+compressed.webp"
-        if any(name.startswith(start) and name.endswith(end) for name in self._images):
-            return
-        path = self.output / entry["path"]
-        if not path.is_file():
-            say(f"{path}, the picture {key} of step {step}, is gone; it is left out")
-            return
-        with Image.open(path) as image:
-            at = entry["time"]
-            self.client.log_image(self.id, image, key=key, step=step, timestamp=at, synchronous=True)
-        self._images.add(start + end)
-
-    def _artifact(self, entry: dict[str, Any]) -> None:
-        path = self.output / entry["path"]
-        if path.is_file():
-            self.client.log_artifact(self.id, str(path), safe_name(entry["folder"]) or None)
-        else:
-            say(f"{path} is gone; it is left out")
-
-    def _dataset(self, entry: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        source = json.dumps({"uri": entry["path"] if is_remote(entry["path"]) else str(self.output / entry["path"])})
-        profile = json.dumps({"digest": entry["digest"]})  # whole: the field of that name holds 36 characters
-        data = Dataset(entry["name"], entry["digest"][:MAX_DIGEST], "local", source, profile=profile)
-        tag = InputTag("mlflow.data.context", entry["context"])
-        self.client.log_inputs(self.id, datasets=[DatasetInput(data, [tag])])
-
-    def _model(self, entry: dict[str, Any]) -> None:
-        """A logged model that names its place and its hash; no weights are copied."""
-        from mlflow.entities import LoggedModelOutput
-
-        if self._models(f"tags.sha256 = '{entry['sha256']}'"):
-            return
-        name, where = safe_name(entry["name"]), str(self.output / entry["path"])
-        params = {"step": str(entry["step"]), "path": where, "sha256": entry["sha256"]}
-        tags = {"sha256": entry["sha256"], "mlflow.model.isExternal": "true"}
-        model = self.client.create_logged_model(self._experiment(), name, self.id, tags, params, "checkpoint")
-        self.client.finalize_logged_model(model.model_id, "READY")
-        self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, entry["step"])])
-
-    def _model_removed(self, entry: dict[str, Any]) -> None:
-        for model in self._models(f"name = '{safe_name(entry['name'])}'"):
-            self.client.set_logged_model_tags(model.model_id, {"removed": "true"})
-
-    def _models(self, which: str) -> list[Any]:
-        """The logged models of this run that a filter finds."""
-        return self.client.search_logged_models([self._experiment()], f"source_run_id = '{self.id}' AND {which}")
-
-    def _experiment(self) -> str:
-        return self.client.get_run(self.id).info.experiment_id
-
-    def _status(self, entry: dict[str, Any]) -> None:
-        if entry["status"] == "RUNNING":
-            self.client.update_run(self.id, status="RUNNING")
-            return
-        self.client.set_terminated(self.id, entry["status"], entry["time"])
-        if entry["reason"]:
-            self.client.set_tag(self.id, "reason", shorten(entry["reason"], MAX_TAG))
-
-
-class Batch:
-    """Metrics, settings and tags on their way, as many in a request as MLflow takes."""
-
-    def __init__(self, run: StageRun) -> None:
-        self.run = run
-        self._clear()
-
-    def _clear(self) -> None:
-        self._metrics: list[Any] = []
-        self._params: list[Any] = []
-        self._tags: list[Any] = []
-
-    def metrics(self, entry: dict[str, Any], steps: dict[str, int]) -> None:
-        """A step sent before is left out: a restarted worker tells again what follows its checkpoint."""
-        from mlflow.entities import Metric
-
-        for name, value in entry["values"].items():
-            key, step = safe_name(name), entry["step"]
-            if step is not None:
-                if step <= steps.get(key, -1):
-                    continue
-                steps[key] = step
-            self._metrics.append(Metric(key, value, entry["time"], step or 0))
-            self._send_if_full()
-
-    def words(self, kind: str, values: dict[str, str]) -> None:
-        """Params and tags; a setting that changed when the run was continued is the tag changed/<name>."""
-        from mlflow.entities import Param, RunTag
-
-        for name, value in values.items():
-            key = safe_name(name)
-            if kind == "tags":
-                self._tags.append(RunTag(key, shorten(value, MAX_TAG)))
-            elif self.run.takes_param(key, shorten(value, MAX_PARAM)):
-                self._params.append(Param(key, shorten(value, MAX_PARAM)))
-            else:
-                self._tags.append(RunTag(f"changed/{key}"[:MAX_KEY], shorten(value, MAX_TAG)))
-            self._send_if_full()
-
-    def _send_if_full(self) -> None:
-        if len(self._metrics) >= MAX_METRICS or max(len(self._params), len(self._tags)) >= MAX_WORDS:
-            self.send()
-
-    def send(self) -> None:
-        """One request; if MLflow refuses it, one for each entry, so that a bad entry costs only itself."""
-        from mlflow.exceptions import MlflowException
-
-        if self._metrics or self._params or self._tags:
-            try:
-                self.run.client.log_batch(self.run.id, self._metrics, self._params, self._tags)
-            except MlflowException as error:
-                if not refused(error):
-                    raise
-                self._send_singly()
-        self._clear()
-
-    def _send_singly(self) -> None:
-        for position, entries in enumerate((self._metrics, self._params, self._tags)):
-            for entry in entries:
-                parts: list[list[Any]] = [[], [], []]
-                parts[position] = [entry]
-                self.run.guard(lambda parts=parts: self.run.client.log_batch(self.run.id, *parts), entry.key)
-
-
-def refused(error: Exception) -> bool:
-    """True when trying again cannot help: MLflow understood the request and does not take it."""
-    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")

@@ -53,6 +53,7 @@ class Prepared:
 def run(job: Job) -> Record:
     """Runs on the driver: selection, training, record."""
     prepared = prepare(job)
+    stopping.warn_of_short_grace()
     with stopping.asking((job.output / STOP).touch, "training saves and leaves"), _stacks_named(job):
         arguments = {"job": job, "selections": prepared.selections}
         cluster.launch_training(work, arguments, job.how.cluster.train, job.output.path / ".ray")
@@ -216,10 +217,14 @@ def decoder(job: Job) -> Any:
 
 def journal_checkpoints(journal: Journal, kept: Path, removed: list[str]) -> None:
     """Tells of a checkpoint by its manifest's hash, which COMMITTED holds, and of those that had to go for it."""
-    run, step = kept.parent.parent.name, int(kept.name.removeprefix("step-"))
-    journal.model(f"{run}-{kept.name}", kept, (kept / "COMMITTED").read_text(), step)
+    run = kept.parent.parent.name
+    journal.model(f"{run}-{kept.name}", kept, (kept / "COMMITTED").read_text(), _step(kept.name))
     for name in removed:
-        journal.model_removed(f"{run}-{name}")
+        journal.model_removed(f"{run}-{name}", _step(name))
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def rank_journal(job: Job) -> Journal:

@@ -21,6 +21,7 @@ from pipelines.config import CONF, compose
 from pipelines.journal import journal_path, read_entries, read_metrics
 from pipelines.manifest import read_json
 from pipelines.tracking import Tracker
+from tests.pipelines.mlflow_server import MlflowServer
 from tests.pipelines.small_cache import make_cache
 
 ROOT = CONF.parent
@@ -126,6 +127,76 @@ def test_a_killed_worker_is_replaced_and_goes_on_in_the_same_mlflow_run(outputs:
     run_id = read_json(outputs / "small/tracking.json")["runs"]["train"]
     history = [point.step for point in client.get_metric_history(run_id, "loss")]
     assert sorted(history) == list(range(1, max(history) + 1)) and max(history) > steps[back - 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_goes_back_before_a_spike_and_leaves_its_samples_out(outputs: Path) -> None:
+    usual = ["training.max_steps=6", "cluster.train.run.checkpoint_every_steps=2",
+             "cluster.train.run.keep_checkpoints=9"]  # fmt: skip
+    back = [*usual, "training.resume=step-2", "training.skip_samples=[12,16]"]
+    with MlflowServer(outputs) as server:
+        server.start()
+        server.wait()
+        for overrides in (usual, back):
+            done = start(outputs, *overrides, "tracking=server", f"tracking.uri={server.uri}").wait(400)
+            assert done == 0, (outputs / "log.txt").read_text()
+        check_the_way_back(outputs)
+        check_both_ways_in_mlflow(outputs, server.uri)
+    again = subprocess.run(command(outputs, *back), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and "Everything is up to date" in again.stdout  # the request was followed
+
+
+def check_the_way_back(outputs: Path) -> None:
+    """On disk: what was told, the checkpoints with what they say of the samples left out, and what lies aside."""
+    assert told(outputs) == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6]
+    assert [step for step, _, _ in read_metrics(outputs / "small", "train")["loss"]] == [1, 2, 3, 4, 5, 6]
+    last = newest(outputs / "small/train")
+    assert last is not None and last.step == 6 and last.manifest["samples_seen"] == 6 * 4 + 4
+    assert last.manifest["history"] == [{"step": 3, "skipped_samples": [12, 16]}]
+    aside = sorted(path.name for path in (outputs / "small/train/aside/001").iterdir())
+    assert aside == ["record.json", "step-00000004", "step-00000006"]
+
+
+def check_both_ways_in_mlflow(outputs: Path, uri: str) -> None:
+    """Two runs of the stage, each with the losses and checkpoints of one way from its beginning to its end."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = read_json(outputs / "small/tracking.json")["runs"]
+    new = client.get_run(runs["train"])
+    old = client.get_run(new.data.tags["went_back_from"])
+    assert (old.info.run_name, old.info.status) == ("train", "KILLED")
+    assert (new.info.run_name, new.info.status) == ("train from step 2", "FINISHED")
+    assert old.data.tags["reason"] == "training went back to step 2"
+    ways = []
+    for run in (old, new):
+        assert run.data.tags["mlflow.parentRunId"] == runs["run"]
+        points = client.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+        ways.append([point.value for point in points])
+        models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        assert sorted(model.name for model in models) == [f"small-step-{step:08d}" for step in (2, 4, 6)]
+        read = {each.dataset.name: each.dataset for each in run.inputs.dataset_inputs}
+        assert read.keys() == {"filter_metadata", "filter_images", "precompute_latents"}
+        assert "precompute_latents/manifest.parquet" in read["precompute_latents"].source
+    assert ways[0][:3] == ways[1][:3] and ways[0][3] != ways[1][3]  # the fourth step trains on other samples
+
+
+def test_a_job_that_ray_would_kill_before_it_has_saved_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    stopping.warn_of_short_grace()
+    assert capsys.readouterr().out == ""  # no job
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    stopping.warn_of_short_grace()
+    said = capsys.readouterr().out
+    assert "would kill this job after 3 s" in said and "with RAY_JOB_STOP_WAIT_TIME_S=300" in said
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "300")
+    stopping.warn_of_short_grace()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_signal_asks_and_the_second_ends() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.server
 import math
-import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -26,6 +24,7 @@ from pipelines.labels import safe_name, shorten, to_csv
 from pipelines.settings import TrackingConfig
 from pipelines.shipper import AwayError, Shipper, sent_path, unsent_bytes
 from pipelines.tracking import Tracker, database_uri, sync
+from tests.pipelines.mlflow_server import MlflowServer, run_together
 
 
 def settings(uri: str | None = None, enabled: bool = True, flush: float = 60.0) -> TrackingConfig:
@@ -202,14 +201,60 @@ def test_a_continued_run_goes_on_in_the_same_runs(tmp_path: Path, database: str)
     assert after["train"].info.status == after["run"].info.status == "FINISHED"
 
 
-def test_steps_are_shown_again_after_going_back_on_purpose(tmp_path: Path, database: str) -> None:
-    with Tracker.open(settings(database), tmp_path / "demo") as tracker, tracker.stage("train") as run:
-        for step, value in [(1, 1.0), (2, 9.0)]:
-            run.metrics({"loss": value}, step)
-        run.rewind(1)
-        run.metrics({"loss": 2.0}, 2)
-    run = runs_of(database, tmp_path / "demo")["train"]
-    assert sorted(points(database, run, "loss")) == [(1, 1.0), (2, 2.0), (2, 9.0)]
+def go_back(run: Journal) -> None:
+    """Four steps with a checkpoint at each second, back to the second, the third again, back to the first."""
+    ways: list[tuple[int | None, list[int], float]] = [(None, [1, 2, 3, 4], 0.0), (2, [3], 0.3), (1, [2, 3], 0.6)]
+    for back, steps, add in ways:
+        if back is not None:
+            run.rewind(back)
+        for step in steps:
+            run.metrics({"loss": step + add}, step)
+            if step % 2 == 0:
+                run.model(f"demo-step-{step}", run.path.parents[2] / f"train/step-{step}", f"{step + add:064}", step)
+    run.model_removed("demo-step-2", 2)
+
+
+ABANDONED = [[(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)], [(1, 1.0), (2, 2.0), (3, 3.3)]]
+STANDS = [(1, 1.0), (2, 2.6), (3, 3.6)]
+
+
+def check_ways(uri: str, output: Path) -> None:
+    """The newest run has what stands, and names the one that it was left for, and so on; each has rising steps."""
+    runs, mlflow = runs_of(uri, output), client(uri)
+    run = runs["train"]
+    for expected, step in ((STANDS, "1"), (ABANDONED[1], "2"), (ABANDONED[0], None)):
+        assert points(uri, run, "loss") == expected
+        assert run.data.tags["mlflow.parentRunId"] == runs["run"].info.run_id
+        assert run.data.tags.get("went_back_to_step") == step
+        assert run.info.run_name == ("train" if step is None else f"train from step {step}")
+        if step is not None:
+            left = mlflow.get_run(run.data.tags["went_back_from"])
+            assert left.info.status == "KILLED" and left.data.tags["reason"] == f"training went back to step {step}"
+            run = left
+    token = tracking.read_json(output / "tracking.json")["token"]
+    found = mlflow.search_runs([run.info.experiment_id], f"tags.`{tracking.TOKEN}` LIKE '{token}%'")
+    assert len(found) == 4, "one for the DAG and one for each way, none twice"
+
+
+def test_after_going_back_the_old_way_and_the_new_one_are_two_curves(tmp_path: Path, database: str) -> None:
+    output = tmp_path / "demo"
+    with Tracker.open(settings(database), output) as tracker, tracker.stage("train", {"lr": 1}) as run:
+        go_back(run)
+    check_ways(database, output)
+    assert [(step, value) for step, value, _ in read_metrics(output, "train")["loss"]] == STANDS
+    newest = runs_of(database, output)["train"]
+    assert newest.info.status == "FINISHED" and newest.data.params == {"lr": "1"}
+    kept = client(database).search_logged_models(
+        [newest.info.experiment_id], f"source_run_id = '{newest.info.run_id}'"
+    )
+    assert [(model.name, model.tags["sha256"], model.tags["removed"]) for model in kept] == [
+        ("demo-step-2", f"{2.6:064}", "true")
+    ]
+    # Deleted by hand, it is made again from what stands; the others stay as they are.
+    client(database).delete_run(newest.info.run_id)
+    sync(settings(database), output)
+    check_ways(database, output)
+    assert sync(settings(database), output) == 0
 
 
 def test_checkpoints_are_logged_models_once_and_those_removed_are_marked(tmp_path: Path, database: str) -> None:
@@ -218,7 +263,7 @@ def test_checkpoints_are_logged_models_once_and_those_removed_are_marked(tmp_pat
         run.metrics({"loss": 1.0}, 20)
         for step in (10, 20):
             run.model(f"demo-step-{step}", output / f"train/step-{step}", f"{step:064}", step)
-        run.model_removed("demo-step-10")
+        run.model_removed("demo-step-10", 10)
     for sent in output.glob("journal/*/*.sent.json"):
         sent.unlink()
     sync(settings(database), output)  # everything is told twice
@@ -292,15 +337,25 @@ for argument in sys.argv[2:]:
 
 
 def test_killed_between_sending_and_noting(tmp_path: Path, database: str) -> None:
-    """Killed when a run is made and not noted (before the second note), and when points are sent and not noted."""
+    """Killed when a run is made and not noted (before the second note), and when points are sent and not noted.
+
+    And where training went back: when a run is left, when the next one is made, and when that one is sent what stands.
+    """
     outputs = {tmp_path / "run-not-noted": 2, tmp_path / "points-not-noted": 4}
-    for output in outputs:
+    back = {tmp_path / "left-not-noted": 5, tmp_path / "next-not-noted": 6, tmp_path / "what-stands-not-noted": 9}
+    for output in [*outputs, *back]:
         with Tracker.open(settings(enabled=False), output) as tracker, tracker.stage("train") as run:
-            for step in range(50):
-                run.metrics({"loss": 1 / (step + 1)}, step)
-    arguments = [f"{output}@{after}" for output, after in outputs.items()]
+            if output in back:
+                go_back(run)
+            else:
+                for step in range(50):
+                    run.metrics({"loss": 1 / (step + 1)}, step)
+    arguments = [f"{output}@{after}" for output, after in {**outputs, **back}.items()]
     done = subprocess.run([sys.executable, "-c", KILLED, database, *arguments], capture_output=True, check=True)
-    assert done.stdout.split() == [b"%d" % signal.SIGKILL] * 2
+    assert done.stdout.split() == [b"%d" % signal.SIGKILL] * 5
+    for output in back:
+        sync(settings(database), output)
+        check_ways(database, output)
     for output in outputs:
         assert not sent_path(journal_path(output, "train")).exists()
         sync(settings(database), output)
@@ -415,10 +470,7 @@ def test_a_server_that_does_not_serve_costs_the_run_nothing(
 @pytest.mark.slow
 def test_a_server_down_at_the_start_gets_every_point_once(tmp_path: Path) -> None:
     """M1: the server is down, answers 500, comes up, is killed, comes back; then the history is complete."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    uri, output = f"http://127.0.0.1:{port}", tmp_path / "demo"
+    server, output = MlflowServer(tmp_path), tmp_path / "demo"
 
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -428,51 +480,52 @@ def test_a_server_down_at_the_start_gets_every_point_once(tmp_path: Path) -> Non
 
         def log_message(self, *_: object) -> None: ...
 
-    def serve() -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-            "--artifacts-destination", str(tmp_path / "art"),
-        ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-
-    def stop(server: subprocess.Popen[bytes]) -> None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
     def wait_for(condition: Any, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end
             time.sleep(0.2)
 
-    tracker = Tracker.open(settings(uri, flush=120.0), output)
-    with tracker.stage("train") as run:
+    tracker = Tracker.open(settings(server.uri, flush=120.0), output)
+    with server, tracker.stage("train") as run:
         run.metrics({"loss": 1.0}, 1)  # nobody listens
-        broken = http.server.ThreadingHTTPServer(("127.0.0.1", port), Broken)
+        broken = http.server.ThreadingHTTPServer(("127.0.0.1", server.port), Broken)
         threading.Thread(target=broken.serve_forever, daemon=True).start()
         run.metrics({"loss": 2.0}, 2)  # answers 500
         time.sleep(2)
         broken.shutdown()
         broken.server_close()
-        server = serve()
+        server.start()
         run.metrics({"loss": 3.0}, 3)
         wait_for(lambda: unsent_bytes(output) == 0)
-        stop(server)
+        server.kill()
         run.metrics({"loss": 4.0}, 4)
         picture = tmp_path / "grid.png"
         Image.new("RGB", (64, 64)).save(picture)
         run.image("grid", picture, 4)
-        server = serve()
-        try:
-            wait_for(lambda: unsent_bytes(output) == 0)
-            assert tracker.close() == 0
-            train = runs_of(uri, output)["train"]
-            assert points(uri, train, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
-            assert len(client(uri).list_artifacts(train.info.run_id, "images")) == 2
-        finally:
-            stop(server)
+        server.start()
+        wait_for(lambda: unsent_bytes(output) == 0)
+        assert tracker.close() == 0
+        train = runs_of(server.uri, output)["train"]
+        assert points(server.uri, train, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+        assert len(client(server.uri).list_artifacts(train.info.run_id, "images")) == 2
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once_lose_nothing_on_one_server(tmp_path: Path) -> None:
+    """M3: eight drivers, one server of two processes, one sqlite file."""
+    outputs, steps = [tmp_path / f"run{i}" for i in range(8)], 500
+    with MlflowServer(tmp_path, workers=2) as server:
+        server.start()
+        server.wait()
+        assert run_together(server.uri, outputs, steps) == [0] * 8
+        answers = server.answers()
+        print(f"answers by status: {dict(answers)}")
+        for output in outputs:
+            train = runs_of(server.uri, output)["train"]
+            assert points(server.uri, train, "loss") == [(step, float(step)) for step in range(steps)]
+            assert train.info.status == "FINISHED"
+        assert answers[200] > 8 * 10, "it was asked again and again while the others were"
 
 
 def test_two_runs_share_one_database(tmp_path: Path, database: str) -> None:
