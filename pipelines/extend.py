@@ -69,7 +69,8 @@ def extend(config: Config, retry: set[str]) -> str:
         _clear_unfinished(metadata, len(manifest["shards"]))
         failed = failures(metadata, download)
         wanted = reasons_meant(retry, failed)
-        added = filter_metadata.extend(status.job, manifest, failed_rows(metadata, download, wanted))
+        files = filter_metadata.source_files(status.job)
+        added = filter_metadata.extend(status.job, files, manifest, failed_rows(metadata, download, wanted))
         if not added["rows"]:
             told = ", ".join(f"{reason} {count}" for reason, count in failed.most_common()) or "none"
             return f"Nothing to add. URLs that failed and were not tried again: {told}"
@@ -78,8 +79,8 @@ def extend(config: Config, retry: set[str]) -> str:
         editions = {row["shard"]: row["edition"] for row in manifest["shards"]}
         editions |= {record.shard: edition for record in records if record.shard not in editions}
         funnel = _sum(manifest["funnel"], added)
-        listed = filter_metadata.sources(status.job)
-        metadata.close(status.job.fingerprint, records, funnel, editions=editions, sources=listed)
+        read = filter_metadata.sources(status.job, files)
+        metadata.close(status.job.fingerprint, records, funnel, editions=editions, sources=read)
     return (
         f"Edition {edition}: {added['samples']} rows in {len(records) - len(manifest['shards'])} new shards "
         f"({sum(added['dropped'].values())} new rows fell: {added['dropped']}); python -m pipelines.run fetches them"

@@ -48,12 +48,15 @@ def key_digits(shard_samples: int) -> int:
     return math.ceil(math.log10(shard_samples))
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Writes the shards and their records. Returns the stage's funnel {rows, samples, dropped}."""
+def run(job: Job, files: dict[str, int] | None = None) -> dict[str, Any]:
+    """Writes the shards and their records. Returns the stage's funnel {rows, samples, dropped}.
+
+    `files` as `source_files` found them: who lists them once more later would find what has come meanwhile.
+    """
     source: SourceConfig = job.what["dataset.source"]
     settings: FilterMetadataConfig = job.what["dataset.filter_metadata"]
     check(settings, source.columns)
-    files = source_files(job)
+    files = source_files(job) if files is None else files
     print(f"filter_metadata: {len(files)} files; {describe(settings, source.columns)}", flush=True)
     with job.output.attempt(None, job.fingerprint) as scratch, MetadataSet(files, job, scratch.path) as rows:
         dropped = rows.judge()
@@ -61,19 +64,22 @@ def run(job: Job) -> dict[str, Any]:
     return {"rows": samples + sum(dropped.values()), "samples": samples, "dropped": dropped}
 
 
-def sources(job: Job) -> list[dict[str, Any]]:
-    """The files that the stage reads, as its manifest lists them; the embedded web's own needs no mention."""
+def sources(job: Job, files: dict[str, int]) -> list[dict[str, Any]]:
+    """The files that were read, as the manifest lists them; the embedded web's own needs no mention."""
     if job.what["dataset.source"].metadata is None:
         return []
-    return [{"name": name, "bytes": size} for name, size in source_files(job).items()]
+    return [{"name": name, "bytes": size} for name, size in files.items()]
 
 
-def extend(job: Job, manifest: dict[str, Any], retried: Iterator[pa.Table]) -> dict[str, Any]:
+def extend(
+    job: Job, files: dict[str, int], manifest: dict[str, Any], retried: Iterator[pa.Table]
+) -> dict[str, Any]:
     """Adds shards after those of the manifest: first rows that are tried again, then those of new metadata files.
 
-    Rows of new files must repeat none of the old. Returns the funnel {rows, samples, dropped} of what is new.
+    `files` are all that there are, as `source_files` found them; rows of new ones must repeat none of the old. Returns
+    the funnel {rows, samples, dropped} of what is new.
     """
-    found = {file["name"]: file["bytes"] for file in sources(job)}
+    found = {file["name"]: file["bytes"] for file in sources(job, files)}
     old, new = _old_and_new(found, manifest["sources"])
     dropped: dict[str, int] = {}
     first_shard = 1 + max((row["shard"] for row in manifest["shards"]), default=-1)
@@ -81,8 +87,8 @@ def extend(job: Job, manifest: dict[str, Any], retried: Iterator[pa.Table]) -> d
         tables = [retried]
         if new:
             scratch = stack.enter_context(job.output.attempt(None, job.fingerprint))
-            files = {name: found[name] for name in (*old, *new)}
-            rows = stack.enter_context(MetadataSet(files, job, scratch.path))
+            ordered = {name: found[name] for name in (*old, *new)}
+            rows = stack.enter_context(MetadataSet(ordered, job, scratch.path))
             dropped = rows.judge(new_from=len(old))
             tables.append(_never_tried(table) for table in rows.kept(new_from=len(old)))
         samples = deal(job, chain(*tables), first_shard)

@@ -54,10 +54,12 @@ def finish(config: Config, address: str) -> Dag:
     dag = Dag(config)
     first = dag.refresh("filter_metadata")
     if not first.done:
-        funnel = filter_metadata.run(first.job)
+        files = filter_metadata.source_files(first.job)
+        funnel = filter_metadata.run(first.job, files)
         first.job.output.write_plan(dag.plan("filter_metadata"))
         records = list(first.job.output.committed().values())
-        first.job.output.close(first.job.fingerprint, records, funnel, sources=filter_metadata.sources(first.job))
+        sources = filter_metadata.sources(first.job, files)
+        first.job.output.close(first.job.fingerprint, records, funnel, sources=sources)
         dag.refresh("filter_metadata")
     status = dag.refresh("download")
     if status.job.output.read_plan() is None:

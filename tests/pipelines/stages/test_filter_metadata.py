@@ -201,6 +201,16 @@ def test_tab_separated_metadata_whatever_is_in_a_line(tmp_path: Path) -> None:
         filter_metadata.run(job_of(tmp_path, replace(source, columns={"url": "URL", "caption": "column1"}), bounds={}))
 
 
+def test_a_file_that_comes_while_the_others_are_read_is_neither_read_nor_listed(tmp_path: Path) -> None:
+    """It belongs to the next edition; one that is listed and was not read would be lost for good."""
+    job = make_job(tmp_path, [[row(0)]])
+    files = filter_metadata.source_files(job)
+    pq.write_table(pa.Table.from_pylist([row(1)]), tmp_path / "part-00001.parquet")
+    assert len(filter_metadata.source_files(job)) == 2
+    assert filter_metadata.run(job, files)["samples"] == 1
+    assert [Path(file["name"]).name for file in filter_metadata.sources(job, files)] == ["part-00000.parquet"]
+
+
 def test_columns_that_a_data_set_lacks_are_not_filtered_on_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,7 +67,7 @@ def test_parquet_gives_the_same_shards_and_lies_on_disk_two_files_at_a_time(
     assert [s3.requests["GET", f"part-{i:05d}.parquet"] for i in range(6)] == [1] * 6
     assert max(lying) == 1, "when a file is asked for, one other at most is here"
     assert not list((tmp_path / "out-s3/.attempts").iterdir())
-    assert filter_metadata.sources(cloud) == [
+    assert filter_metadata.sources(cloud, filter_metadata.source_files(cloud)) == [
         {"name": f"s3://{BUCKET}/{tmp_path.name}/{path.name}", "bytes": path.stat().st_size}
         for path in sorted(tmp_path.glob("part-*.parquet"))
     ]
