@@ -12,6 +12,7 @@ doubles back on itself.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import traceback
 import uuid
@@ -28,6 +29,7 @@ from pipelines.stage_run import StageRun, first_line, say
 
 READ_BYTES = 1 << 18  # of one journal at a time: what bounds the memory
 STOPPED_SECONDS = 5.0  # what a run that a signal ended waits at most for MLflow
+SQLITE = "sqlite:///"
 TOKEN = "ldm.run"  # the tag by which a run is found again when its id was not noted
 
 
@@ -123,7 +125,7 @@ def sync(settings: TrackingConfig, output: str | Path) -> int:
 
 def database_uri(settings: TrackingConfig, output: str | Path) -> str:
     """Where MLflow lies: the setting, or a sqlite file beside the runs (not on NFS: no locks there)."""
-    return settings.uri or f"sqlite:///{Path(output).absolute().parent / 'mlflow.db'}"
+    return settings.uri or f"{SQLITE}{Path(output).absolute().parent / 'mlflow.db'}"
 
 
 def page_command(settings: TrackingConfig, output: str | Path) -> str:
@@ -161,6 +163,17 @@ def _away() -> Iterator[None]:
         raise AwayError(first_line(error)) from error
 
 
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """MLflow makes the tables of a new file in every process that opens it, and two that do so at once both fail."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    with open(f"{uri.removeprefix(SQLITE)}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Server:
     """MLflow for one run of the DAG: its runs there, and how far each journal is sent."""
 
@@ -177,7 +190,7 @@ class Server:
     @classmethod
     def connect(cls, settings: TrackingConfig, output: Path) -> Server:
         """Raises AwayError."""
-        with _away():
+        with _away(), _one_at_a_time(database_uri(settings, output)):
             return cls(settings, output)
 
     def _find_experiment(self, name: str) -> str:
