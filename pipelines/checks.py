@@ -31,6 +31,7 @@ from pipelines.manifest import (
     shard_name,
     sum_funnel,
 )
+from pipelines.quarantine import QUARANTINED
 
 PLAN, MANIFEST = "plan.json", "manifest.parquet"
 
@@ -221,7 +222,8 @@ def rows_of_parquet(files: Path, record: Record, plan: dict[str, Any]) -> Iterat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    expected = record.rows if record.stage == "filter_images" else record.samples
+    judged = record.rows - record.dropped.get(QUARANTINED, 0)
+    expected = judged if record.stage == "filter_images" else record.samples
     name = f"{shard_name(record.shard or 0)}.parquet"
     try:
         found = pq.read_table(files / name).num_rows

@@ -52,7 +52,14 @@ class StageFailed(RuntimeError):
 
 
 class ShardsFailed(StageFailed):
-    """Some shards failed; the others are committed."""
+    """Some shards failed; the others are committed.
+
+    `own` has what went wrong by (stage, shard) where all of them failed by errors of their own, and nothing otherwise.
+    """
+
+    def __init__(self, message: str, own: dict[tuple[str, int], str]) -> None:
+        super().__init__(message)
+        self.own = own
 
 
 @contextmanager
@@ -177,7 +184,8 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
             continue
         _hand_on(steps[i + 1 :], shard)
     if failed:
-        raise _failure(failed)
+        own = {(step.job.stage, shard): _cause(error) for step, shard, error in failed if _is_own(error)}
+        raise ShardsFailed(_failure(failed), own if len(own) == len(failed) else {})
 
 
 def _give_up(running: dict[Any, tuple[int, int, Any]], first: int) -> None:
@@ -192,6 +200,16 @@ def _give_up(running: dict[Any, tuple[int, int, Any]], first: int) -> None:
 
 def _stops_the_run(error: Exception) -> bool:
     return getattr(getattr(error, "cause", None), "stops_the_run", False)
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether an error lies in its shard: not in what the machine lacks, and not in the run as a whole."""
+    import ray
+
+    cause = getattr(error, "cause", None) or error
+    machine = (OSError, MemoryError, ImportError, ray.exceptions.OutOfMemoryError, ray.exceptions.RaySystemError)
+    elsewhere = getattr(cause, "of_the_machine", False) or getattr(error, "actor_init_failed", False)
+    return not (_stops_the_run(error) or elsewhere or isinstance(cause, machine))
 
 
 def _hand_on(steps: list[Step], shard: int) -> None:
@@ -284,13 +302,13 @@ def _asking(kind: type) -> Callable[..., Any]:
     return ask
 
 
-def _failure(failed: list[tuple[Step, int, Exception]]) -> ShardsFailed:
+def _failure(failed: list[tuple[Step, int, Exception]]) -> str:
     step, shard, error = next((each for each in failed if _stops_the_run(each[2])), failed[0])
     stage = step.job.stage
     if _stops_the_run(error):
-        return ShardsFailed(f"{stage} stopped at shard {shard}: {_cause(error)}")
+        return f"{stage} stopped at shard {shard}: {_cause(error)}"
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    return ShardsFailed(
+    return (
         f"{stage}: shard {shard}{others} failed; what else had begun is committed, and the same command goes on from "
         f"there. First cause: {_smaller(step, error) if _was_killed(error) else _cause(error)}"
     )

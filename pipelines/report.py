@@ -15,6 +15,7 @@ from typing import Any
 
 from ldm.node_cache import NodeCache
 from ldm.storage import place
+from pipelines import quarantine
 from pipelines.bucket import stage_folder
 from pipelines.dag import ROOT, STAGES
 from pipelines.drawings import ATTRIBUTION
@@ -204,6 +205,9 @@ def _funnel(stages: list[Made]) -> list[str]:
             f'<div class="step"><div class="head"><b>{stage.name}</b><span class="soft">{cell(verdict)}</span></div>'
             f'{bar([("out", kept), *by_count], width=max(0.1, rows / largest))}</div>'
         )
+        if quarantine.QUARANTINED in dropped:
+            lines = quarantine.describe(stage.name, stage.folder.committed().values())
+            blocks.append(f'<p class="soft">{"<br>".join(map(cell, lines))}</p>')
     return blocks
 
 
@@ -259,7 +263,8 @@ def _judged(folders: dict[str, StageFolder]) -> Iterator[tuple[str, bytes, str]]
         rows = pq.read_table(folders["filter_images"].data(path.name), columns=["key", "verdict"]).to_pylist()
         used = iter(masks.get(int(path.stem), []))
         verdicts = {row["key"]: row["verdict"] or ("" if next(used, True) else "not_selected") for row in rows}
-        for key, fields in iterate_tar(folders["download"].data(f"{path.stem}.tar")):
+        # Of a shard that was quarantined nothing is read: it may be its tar that cannot be.
+        for key, fields in iterate_tar(folders["download"].data(f"{path.stem}.tar")) if rows else ():
             data = next((fields[name] for name in PICTURES if name in fields), b"")
             seen += len(data)
             yield verdicts[key], data, fields.get("txt", b"").decode(errors="replace")

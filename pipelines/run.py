@@ -18,13 +18,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ldm.storage import StorageError
-from pipelines import rewind
+from pipelines import quarantine, rewind
 from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
 from pipelines.dag import ROOT, STAGES, Dag, Status, check_places, check_stage_name, connected, reads, what_of
 from pipelines.lock import LockedError, lock
@@ -91,6 +91,8 @@ def run(config: Config, command: str) -> int:
     wanted = dag.wanted()
     with ExitStack() as stack:
         statuses = _statuses(dag, wanted, stack)
+        if config.overwrite and _forget_quarantined(dag, wanted, stack):
+            statuses = {stage: dag.refresh(stage) for stage in wanted}
         if all(status.done for status in statuses.values()):
             print(summary(dag, wanted))
             print("Everything is up to date.")
@@ -121,6 +123,20 @@ def _statuses(dag: Dag, wanted: list[str], stack: ExitStack) -> dict[str, Status
                 print(f"overwrite=true: deleting what is stale in {error.folder.path}")
                 error.folder.clear(error.shards)
     return statuses
+
+
+def _forget_quarantined(dag: Dag, wanted: list[str], stack: ExitStack) -> set[int]:
+    """Deletes the records of quarantined shards, and in later stages of what was made of their emptiness."""
+    again: set[int] = set()
+    for stage in wanted:
+        if STAGES[stage].kind == "shards":
+            status = dag.statuses[stage]
+            again |= quarantine.quarantined(status.records.values()).keys()
+            if shards := sorted(again & status.records.keys()):
+                _hold(dag, stage, stack)
+                print(f"overwrite=true: {stage} tries again what was quarantined: {', '.join(map(str, shards))}")
+                status.job.output.clear(shards)
+    return again
 
 
 _held: set[Path] = set()
@@ -214,7 +230,7 @@ def begin(dag: Dag, stage: str) -> None:
 
 def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None:
     """Streams shards through neighbouring stages and closes those whose input is closed."""
-    from pipelines import cluster, progress, sample_web
+    from pipelines import progress, sample_web
 
     first_input = reads(dag.config, stages[0])[0]
     shards = sorted(dag.statuses[first_input].records) if first_input in dag.statuses else []
@@ -224,23 +240,53 @@ def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None
         address = dag.config.dataset.connect
         if "download" in stages:
             address = stack.enter_context(sample_web.serving(dag.config.dataset))
-        steps = []
-        for stage in stages:
-            job = connected(dag.statuses[stage].job, address)
-            made = set(dag.statuses[stage].records)
-            resources = getattr(dag.config.cluster, stage)
-            steps.append(cluster.Step(job, resources, set(shards) - made, f"pipelines.stages.{stage}"))
 
         def committed(stage: str, record: Record) -> None:
             notes[stage]["shards"] += 1
             notes[stage]["finished"] = time.time()
             journals[stage].metrics({"data/samples": record.samples, "data/rows": record.rows}, step=record.shard)
 
-        with progress.following(dag.run_folder, {step.job.stage: len(step.todo) for step in steps}):
-            cluster.stream(steps, shards, committed)
+        todo = {stage: len(set(shards) - dag.statuses[stage].records.keys()) for stage in stages}
+        with progress.following(dag.run_folder, todo):
+            _stream(dag, stages, shards, address, committed)
         for stage in stages:
             if _close(dag, stage):
                 _journal_funnel(dag, stage, journals[stage])
+
+
+def _stream(
+    dag: Dag, stages: list[str], shards: list[int], address: str | None, committed: Callable[[str, Record], None]
+) -> None:
+    """Streams what is left; a shard that fails twice is quarantined, where as many may be."""
+    from pipelines import cluster
+
+    failed: set[tuple[str, int]] = set()
+    most = dag.config.cluster.max_quarantined_shards
+    while True:
+        jobs = {stage: connected(dag.statuses[stage].job, address) for stage in stages}
+        records = {stage: dag.statuses[stage].records for stage in stages}
+        steps = [
+            cluster.Step(jobs[stage], getattr(dag.config.cluster, stage), set(shards) - records[stage].keys(),
+                         f"pipelines.stages.{stage}")
+            for stage in stages
+        ]  # fmt: skip
+        try:
+            return cluster.stream(steps, shards, committed)
+        except cluster.ShardsFailed as failure:
+            known = {stage: records[stage].values() for stage in stages}
+            if not quarantine.has_room(most, known, failure.own):
+                if most and failure.own:
+                    more = f"{failure}; these are more than cluster.max_quarantined_shards={most} of a stage"
+                    raise cluster.ShardsFailed(more, failure.own) from failure
+                raise
+            for (stage, shard), reason in failure.own.items():
+                again = (stage, shard) not in failed
+                print(f"{stage}: shard {shard} {'failed and is tried again' if again else 'is quarantined'}: {reason}")
+                if not again:
+                    committed(stage, quarantine.give_up(jobs[stage], shard, reason))
+            failed |= failure.own.keys()
+        for stage in stages:
+            dag.refresh(stage)
 
 
 def _close(dag: Dag, stage: str) -> bool:
@@ -274,10 +320,9 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     showing = progress.following(dag.run_folder, {stage: goals.get(stage, 0)})
     with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
         if STAGES[stage].kind == "table":
-            files = module.source_files(job)
-            funnel = module.run(job, files)
+            funnel = module.run(job)
             records = list(job.output.committed().values())
-            job.output.close(job.fingerprint, records, funnel, sources=module.sources(job, files))
+            job.output.close(job.fingerprint, records, funnel, sources=module.sources(job))
         elif stage == "train":
             module.run(job)
         else:

@@ -183,6 +183,7 @@ class ClusterConfig:
     train: TrainResources
     whole: Resources  # generate, evaluate and train_autoencoder
     whole_threads: int  # processor threads of those three
+    max_quarantined_shards: int  # of a stage, that may keep failing before it fails; they are left out, see status
     cache: NodeCache  # of every node; used where paths.shards is on an object store
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.storage import StorageError, read
+from pipelines import quarantine
 from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, compose
 from pipelines.dag import Dag, check_places, reads
@@ -69,6 +70,7 @@ def state_of(dag: Dag, stage: str) -> tuple[str, dict[str, Any] | None, list[str
         status = dag.refresh(stage)
     except StaleError as error:
         return "stale", None, [*notes, *str(error).splitlines()]
+    notes += quarantine.describe(stage, status.records.values())
     funnel = status.funnel or (sum_funnel(list(status.records.values())) if status.records else None)
     if status.done:
         editions = f", edition {len(status.editions)}" if len(status.editions) > 1 else ""

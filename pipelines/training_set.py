@@ -113,13 +113,13 @@ def samples_of(inputs: dict[str, StageFolder]) -> int:
 
 
 def shard_infos(latents: StageFolder, record: Record) -> list[ShardInfo]:
-    """Where those latents of a shard lie that are trained on: one tar of squares, or one for each shape of picture."""
+    """Where those latents of a shard lie that are trained on: a tar of squares, or one for each shape, or none."""
     counts, resolution = record.facts.get("folders", {}), record.facts.get("resolution")
     infos = []
     for tar in sorted(name for name in record.files if name.endswith(".tar")):
         folder, index = tar.rpartition("/")[0], tar.removesuffix(".tar") + ".index"
-        if resolution is None or folder.partition("/")[0] == str(resolution):
-            samples, sha256 = counts.get(folder, record.samples), record.files[index]["sha256"]
+        samples, sha256 = counts.get(folder, record.samples), record.files[index]["sha256"]
+        if samples and (resolution is None or folder.partition("/")[0] == str(resolution)):
             stored = tuple(file for name in (tar, index) if (file := latents.stored(name, record)))
             places = str(latents / tar), str(latents / index)
             infos.append(ShardInfo(*places, samples, record.digest, sha256, stored))

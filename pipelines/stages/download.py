@@ -40,6 +40,7 @@ from pipelines.budgets import Ask, HostBudgets
 from pipelines.dag import Job
 from pipelines.fetch import STAND_IN_GONE, Fetcher
 from pipelines.manifest import Record, read_json, shard_name
+from pipelines.quarantine import QUARANTINED
 from pipelines.settings import DownloadConfig
 from pipelines.wire import FetchError
 
@@ -69,6 +70,8 @@ class StandInError(RuntimeError):
 
 class CanaryError(RuntimeError):
     """The picture libraries of a worker do not do what they should."""
+
+    of_the_machine = True
 
 
 class Arrivals:
@@ -250,6 +253,18 @@ def run_shard(job: Job, shard: int, ask: Ask | None = None) -> Record:
             )
         return attempt.commit(rows=rows.num_rows, samples=kept, dropped=dict(dropped),
                               inputs={f"filter_metadata/{name}": source.digest})
+
+
+def write_empty(job: Job, shard: int, folder: Path) -> dict[str, Any]:
+    """The files of a shard whose every row is quarantined."""
+    name, settings = shard_name(shard), job.what["dataset.download"]
+    rows = pq.read_table(job.inputs["filter_metadata"].data(f"{name}.parquet"), columns=["key", "url", "caption"])
+    writer = SortedWriter(shard, str(folder), True, SHARD_DIGITS, None, settings.encode_format)
+    for row in rows.to_pylist():
+        meta = {"url": row["url"], "status": QUARANTINED, "error_message": QUARANTINED, **dict.fromkeys(SIZES)}
+        writer.write(None, row["key"], row["caption"], meta)
+    writer.close()
+    return {}
 
 
 def _download(

@@ -146,6 +146,13 @@ class Worker:
             yield {**row, **score}
 
 
+def write_empty(job: Job, shard: int, folder: Path) -> dict[str, Any]:
+    """The file of a shard of which nothing was seen."""
+    table = pa.Table.from_pylist([], schema=schema(job.what["dataset.filter_images"]))
+    pq.write_table(table, folder / f"{shard_name(shard)}.parquet", compression="zstd")
+    return {}
+
+
 def run_shard(job: Job, shard: int) -> Record:
     """One shard by a worker of its own."""
     return Worker(job).run_shard(shard)

@@ -134,31 +134,14 @@ class Worker:
     # -- one shard ---------------------------------------------------------------------------------------------------
     def _encode(self, shard: int, place: Path) -> dict[str, Any]:
         """Writes the latents of a shard; returns what was measured on them."""
-        writers: dict[str, ShardWriter] = {}
-        for resolution in () if self.settings.buckets else self.shapes:  # empty shards have their files too
-            writers[str(resolution)] = self._writer(place, str(resolution), shard)
-        measured = Measured()
+        writers, measured = first_writers(self.settings, place, shard), Measured()
         for group, encoded, flipped in self._encoded(self._groups(shard)):
             if group.folder not in writers:
-                writers[group.folder] = self._writer(place, group.folder, shard)
+                writers[group.folder] = open_writer(place, group.folder, shard)
             self._write(writers[group.folder], group, encoded, flipped, measured)
-        for writer in writers.values():
-            writer.close()
+        facts = close_writers(writers, self.settings, self.encoder.autoencoder.factor)
         self._check_psnr(shard, measured)
-        trained = trained_folders(writers, self.settings.resolution)
-        return {
-            "samples": sum(len(writers[folder].rows) for folder in trained),
-            "folders": {folder: len(writer.rows) for folder, writer in sorted(writers.items())},
-            "resolution": self.settings.resolution,
-            "latent_side": self.settings.resolution // self.encoder.autoencoder.factor,
-            **measured.facts(),
-            "device": self.device.type,
-            "torch": torch.__version__,
-        }
-
-    def _writer(self, place: Path, folder: str, shard: int) -> ShardWriter:
-        (place / folder).mkdir(parents=True)
-        return ShardWriter(place / folder / f"{shard_name(shard)}.tar", place / folder / f"{shard_name(shard)}.index")
+        return {**facts, **measured.facts(), "device": self.device.type, "torch": torch.__version__}
 
     def _encoded(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Stored, Stored | None]]:
         """Groups with what was encoded of them, the next one under way on the device while one is written."""
@@ -217,6 +200,8 @@ class Worker:
         name = shard_name(shard)
         table = pq.read_table(self.job.inputs["filter_images"].data(f"{name}.parquet"), columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
+        if not kept:
+            return
         ahead: deque[tuple[str, bytes, Future[dict[str, np.ndarray]]]] = deque()
         for key, data, caption in pictures_of(self.job.inputs["download"].data(f"{name}.tar")):
             if key not in kept:
@@ -237,6 +222,37 @@ class Worker:
             folder = f"{resolution}/{height}x{width}" if self.settings.buckets else str(resolution)
             pictures[folder] = fit(rgb, shape)
         return pictures
+
+
+def write_empty(job: Job, shard: int, folder: Path) -> dict[str, Any]:
+    """The files of a shard without latents."""
+    settings = job.what["dataset.precompute_latents"]
+    writers = first_writers(settings, folder, shard)
+    return {**close_writers(writers, settings, job.what["autoencoder.network"].factor), **Measured().facts()}
+
+
+def first_writers(settings: PrecomputeLatentsConfig, place: Path, shard: int) -> dict[str, ShardWriter]:
+    """Of each folder that every shard has files in, also an empty one: those of squares."""
+    folders = [] if settings.buckets else [str(resolution) for resolution in shapes_of(settings)]
+    return {folder: open_writer(place, folder, shard) for folder in folders}
+
+
+def open_writer(place: Path, folder: str, shard: int) -> ShardWriter:
+    (place / folder).mkdir(parents=True)
+    return ShardWriter(place / folder / f"{shard_name(shard)}.tar", place / folder / f"{shard_name(shard)}.index")
+
+
+def close_writers(writers: dict[str, ShardWriter], settings: PrecomputeLatentsConfig, factor: int) -> dict[str, Any]:
+    """Finishes a shard's files; returns what they hold, by folder."""
+    for writer in writers.values():
+        writer.close()
+    trained = trained_folders(writers, settings.resolution)
+    return {
+        "samples": sum(len(writers[folder].rows) for folder in trained),
+        "folders": {folder: len(writer.rows) for folder, writer in sorted(writers.items())},
+        "resolution": settings.resolution,
+        "latent_side": settings.resolution // factor,
+    }
 
 
 def shapes_of(settings: PrecomputeLatentsConfig) -> dict[int, list[tuple[int, int]]]:

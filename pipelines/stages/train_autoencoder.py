@@ -51,7 +51,7 @@ def read_pictures(job: Job, size: int) -> tuple[np.ndarray, list[str]]:
         name = shard_name(shard)
         table = pq.read_table(job.inputs["filter_images"].data(f"{name}.parquet"), columns=["key", "verdict"])
         kept = {row["key"] for row in table.to_pylist() if not row["verdict"]}
-        for key, data, caption in pictures_of(job.inputs["download"].data(f"{name}.tar")):
+        for key, data, caption in pictures_of(job.inputs["download"].data(f"{name}.tar")) if kept else ():
             if key in kept:
                 images.append(resize_and_crop(decode_rgb(data), size))
                 captions.append(caption.decode())
