@@ -320,9 +320,10 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     showing = progress.following(dag.run_folder, {stage: goals.get(stage, 0)})
     with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
         if STAGES[stage].kind == "table":
-            funnel = module.run(job)
+            files = module.source_files(job)
+            funnel = module.run(job, files)
             records = list(job.output.committed().values())
-            job.output.close(job.fingerprint, records, funnel, sources=module.sources(job))
+            job.output.close(job.fingerprint, records, funnel, sources=module.sources(job, files))
         elif stage == "train":
             module.run(job)
         else:
