@@ -140,11 +140,14 @@ def test_readers_of_latents_refuse_what_is_no_plain_sample(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("offset, size", [(1 << 63, 100), (512, 100), (0, 1 << 31)])
 def test_an_index_that_leads_anywhere_is_refused(tmp_path: Path, offset: int, size: int) -> None:
-    info = latents(StageFolder(tmp_path, "precompute_latents"))
+    folder = StageFolder(tmp_path, "precompute_latents")
+    info = latents(folder)
     index = np.array([(KEY, offset, size, 0)], INDEX_ROW).tobytes()
     Path(info.index).write_bytes(index)
     info = ShardInfo(info.tar, info.index, 1, "digest", sha256(index).hexdigest())
     assert info.index in refusal(lambda: read_all(info))
+    found = check_shard(Shard(str(tmp_path), folder.stage, 0, {**PLAN, "stage": folder.stage}))
+    assert {"32/000000.index", "32/000000.tar"} == {finding.file for finding in found}
 
 
 def test_stages_and_verify_refuse_such_downloads(tmp_path: Path) -> None:
