@@ -61,7 +61,7 @@ def job(tmp_path: Path) -> Job:
                                "sha256": f"s{i}"})  # fmt: skip
         pq.write_table(pa.Table.from_pylist(ledger, schema=download.SCHEMA), attempt.path / "000000.parquet")
         attempt.commit(rows=len(ledger), samples=len(ledger), dropped={}, inputs={})
-    dag = Dag(compose([]))
+    dag = Dag(compose([f"paths.outputs={tmp_path / 'none'}"]))
     for stage in ("filter_metadata", "download"):
         dag.refresh(stage)
     return replace(dag.job("filter_images"), inputs={"download": folder}, what={"dataset.filter_images": PLAIN},
