@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,15 +135,9 @@ class NodeCache:
             f"in use; cluster.cache.max_bytes={self.max_bytes} must be at least {used + stored.bytes}"
         )
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self) -> AbstractContextManager[None]:
         """Says, for the time of the block, that somebody waits for room."""
-        handle = os.open(self.root() / WAITING, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            yield
-        finally:
-            os.close(handle)
+        return _locked(self.root() / WAITING, fcntl.LOCK_SH)
 
     def _somebody_waits(self) -> bool:
         path = self.root() / WAITING
@@ -173,15 +167,20 @@ class NodeCache:
             if handle is not None:
                 os.close(handle)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[None]:
         """No other process changes what the folder holds, but for parts that grow into files."""
-        handle = os.open(self.root() / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+        return _locked(self.root() / LOCK, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    """A file's lock, waited for and held for the time of the block."""
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(handle, kind)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _download(stored: StoredFile, part: Path) -> None:
