@@ -22,6 +22,7 @@ import io
 import math
 import os
 import re
+import struct
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from ldm.storage import StoredFile
 INDEX_ROW = np.dtype([("key", "S24"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 BLOCK = 512
 END = bytes(BLOCK)  # the block after the last member
+HEADER = struct.Struct("100s 24x 11s c 20x c 188x 155s 12x")  # name, size, what ends it, kind, prefix of the name
 FIELDS = ("npy", "json", "txt", "jpg", "png", "webp")
 FIELD = re.compile(rf"(?:[a-z0-9_]+\.)?(?:{'|'.join(FIELDS)})".encode())
 PLAIN_FILE = (b"0", b"\0")  # kinds of member
@@ -114,17 +116,21 @@ class ShardReader:
     def keys(self) -> list[str]:
         return [key.decode() for key in self.rows["key"]]
 
-    def read(self, i: int) -> dict[str, bytes]:
-        """The fields of sample i by extension. Raises CorruptSample when its bytes are not those that were written."""
-        row = self.rows[i]
-        data = os.pread(self.handle, int(row["size"]), int(row["offset"]))
-        key = row["key"].decode()
-        if len(data) != row["size"] or zlib.crc32(data) != row["crc32"]:
+    def ahead(self, i: int) -> None:
+        """Has the kernel begin to read sample i, which will be read soon; many can be under way at once."""
+        _, offset, size, _ = self.rows[i].item()
+        os.posix_fadvise(self.handle, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, i: int) -> tuple[str, dict[str, bytes]]:
+        """Key and fields by extension of sample i. Raises CorruptSample when its bytes are not what was written."""
+        name, offset, size, crc32 = self.rows[i].item()
+        data, key = os.pread(self.handle, size, offset), name.decode()
+        if len(data) != size or zlib.crc32(data) != crc32:
             raise CorruptSample(
-                f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {row['size']} bytes read); "
+                f"{self.info.tar}: sample {key} does not match its crc32 ({len(data)} of {size} bytes read); "
                 + self._way_out()
             )
-        return sample_members(data, key, self.info.tar)
+        return key, sample_members(data, key, self.info.tar)
 
     def _way_out(self) -> str:
         """What was fetched is a copy, which nobody shall read again; what lies on disk is all that there is."""
@@ -190,11 +196,13 @@ def sample_members(data: bytes, key: str, tar: str) -> dict[str, bytes]:
 
 def _member(header: bytes, tar: str | Path) -> tuple[str, str, int]:
     """(key, field, bytes) of a member by its header. Raises CorruptSample for all but plain files with plain names."""
-    name, digits, kind = header[:100].rstrip(b"\0"), header[124:135], header[156:157]
-    key, _, field = name.partition(b".")
-    plain = kind in PLAIN_FILE and header[345:500] == NO_PREFIX and header[135:136] in (b"\0", b" ")
+    if len(header) < BLOCK:
+        raise CorruptSample(f"{tar} has {len(header)} bytes where a member's header of {BLOCK} should be")
+    name, digits, end, kind, prefix = HEADER.unpack(header)
+    key, _, field = name.rstrip(b"\0").partition(b".")
+    plain = kind in PLAIN_FILE and prefix == NO_PREFIX and end in (b"\0", b" ")
     if not plain or digits.strip(OCTAL) or not key.isdigit() or not _field(field):
-        shown, claimed = name.decode(errors="replace"), digits.decode(errors="replace")
+        shown, claimed = name.rstrip(b"\0").decode(errors="replace"), digits.decode(errors="replace")
         raise CorruptSample(
             f"{tar}: unexpected member {shown!r} of kind {kind.decode(errors='replace')!r} and size {claimed!r}; "
             f"expected plain files named KEY.FIELD, the field ending in {', '.join(FIELDS)}"
@@ -220,7 +228,7 @@ def encode_array(array: np.ndarray) -> bytes:
 
 
 def decode_array(data: bytes) -> np.ndarray:
-    """An array from .npy bytes. Raises ValueError where they are anything but one plain array of numbers.
+    """The array in .npy bytes, not to be written to. Raises ValueError for anything but one plain array of numbers.
 
     np.load reads the header with Python's parser, which threads of Python 3.11 cannot share: now and then a loader's
     worker would die of "AST constructor recursion depth mismatch". This reads the header itself.
@@ -230,7 +238,7 @@ def decode_array(data: bytes) -> np.ndarray:
     flat = np.frombuffer(data, dtype, offset=len(start))
     if flat.size != math.prod(shape):
         raise ValueError(f"an .npy file of shape {shape} holds {flat.size} numbers")
-    return flat.reshape(shape, order=order).copy()
+    return flat.reshape(shape, order=order)
 
 
 @lru_cache(maxsize=64)  # the samples of a cache have few shapes

@@ -132,7 +132,7 @@ def _read(
         if wanted:
             reader = open_shard(info, cache)
             for number in wanted:
-                yield number, reader.rows["key"][number - first].decode(), reader.read(number - first)
+                yield number, *reader.read(number - first)
             reader.close()
         first += info.samples
 

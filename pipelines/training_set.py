@@ -83,7 +83,7 @@ def training_set(latents: StageFolder, train: StageFolder, of: str = "") -> Iter
             )
         for used, (key, which, i) in zip(masks[shard], places, strict=True):
             if used:
-                fields = readers[which].read(i)
+                _, fields = readers[which].read(i)
                 yield Sample(key, fields["txt"].decode(), fields)
         for reader in readers:
             reader.close()

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -61,19 +62,17 @@ class Order:
         # A batch may touch two epochs; each lane is inside one window, and one more for look-ahead.
         self._epoch = lru_cache(maxsize=3)(self._make_epoch)
         self._window = lru_cache(maxsize=2 * lanes)(self._make_window)
-        self._rows = lru_cache(maxsize=2 * lanes * window_shards)(self._make_rows)
+        self._entered: dict[int, _Window] = {}  # the window that was asked for last, by lane: nearly always the next
 
     def locate(self, position: int) -> tuple[int, int]:
         """The shard that holds the sample at a position, and the sample's place among those of the shard in use."""
         number, lane = position // self.samples, position % self.lanes
         epoch = self._epoch(number)
-        first = _first_of_lane(lane, number * self.samples, self.lanes)
-        at = epoch.piece(lane)[0] + (position - first) // self.lanes
-        start, order = self._window(number, lane, epoch.window(lane, at, self.window_shards))
-        at = start + int(order[at - start])
-        place = epoch.place(at)
-        shard = epoch.shards[place]
-        return shard, int(self._rows(number, shard)[at - epoch.begin(place)])
+        at = epoch.offsets[lane] + position // self.lanes
+        window = self._entered.get(lane)
+        if window is None or window.epoch != number or not window.start <= at < window.end:
+            window = self._entered[lane] = self._window(number, lane, epoch.window(lane, at, self.window_shards))
+        return window.shards.item(at - window.start), window.places.item(at - window.start)
 
     def _make_epoch(self, number: int) -> _Epoch:
         used = np.flatnonzero(self.counts).astype(np.uint32)
@@ -81,25 +80,47 @@ class Order:
         dealt = shuffled(self.lanes, *self.identity, "lanes", number)  # which lane has the n-th piece
         start = number * self.samples
         sizes = [_count_of_lane(int(lane), start, start + self.samples, self.lanes) for lane in dealt]
-        return _Epoch(shards, np.cumsum(self.counts[shards]), dealt, np.cumsum([0, *sizes]))
+        before = [_first_of_lane(lane, start, self.lanes) // self.lanes for lane in range(self.lanes)]
+        return _Epoch(shards, np.cumsum(self.counts[shards]), dealt, np.cumsum([0, *sizes]), before)
 
-    def _make_window(self, number: int, lane: int, window: int) -> tuple[int, np.ndarray]:
-        start, end = self._epoch(number).window_bounds(lane, window, self.window_shards)
-        return start, shuffled(end - start, *self.identity, "window", number, lane, window)
+    def _make_window(self, number: int, lane: int, window: int) -> _Window:
+        epoch = self._epoch(number)
+        start, end = epoch.window_bounds(lane, window, self.window_shards)
+        shards, places = np.empty(end - start, np.uint32), np.empty(end - start, np.uint32)
+        for nth in range(epoch.place(start), epoch.place(end - 1) + 1):
+            shard, begin = epoch.shards[nth], epoch.begin(nth)
+            rows = shuffled(int(self.counts[shard]), *self.identity, "rows", number, shard)
+            low, high = max(start, begin), min(end, epoch.ends[nth])
+            shards[low - start : high - start] = shard
+            places[low - start : high - start] = rows[low - begin : high - begin]
+        order = shuffled(end - start, *self.identity, "window", number, lane, window)
+        return _Window(number, start, end, shards[order], places[order])
 
-    def _make_rows(self, number: int, shard: int) -> np.ndarray:
-        return shuffled(int(self.counts[shard]), *self.identity, "rows", number, shard)
+
+@dataclass(frozen=True)
+class _Window:
+    """The samples of a window of one lane, in their order."""
+
+    epoch: int
+    start: int  # of the window on the epoch's line
+    end: int
+    shards: np.ndarray  # of each sample
+    places: np.ndarray  # of each sample among those of its shard in use
 
 
 class _Epoch:
     """One epoch's line of samples: shards end to end, cut into pieces for the lanes."""
 
-    def __init__(self, shards: np.ndarray, ends: np.ndarray, dealt: np.ndarray, cuts: np.ndarray) -> None:
+    def __init__(
+        self, shards: np.ndarray, ends: np.ndarray, dealt: np.ndarray, cuts: np.ndarray, before: list[int]
+    ) -> None:
         # Lists, because a look-up in them is ten times quicker than one in an array.
         self.shards: list[int] = shards.tolist()  # in shuffled order
         self.ends: list[int] = ends.tolist()  # where each of them ends on the line
         self.cuts: list[int] = cuts.tolist()  # where each piece begins, and the end of the last
         self.nth: list[int] = np.argsort(dealt).tolist()  # which piece a lane has
+        # `before` counts a lane's samples in earlier epochs. Its sample at position p is at offset + p // lanes.
+        self.offsets = [self.piece(lane)[0] - count for lane, count in enumerate(before)]
 
     def piece(self, lane: int) -> tuple[int, int]:
         nth = self.nth[lane]

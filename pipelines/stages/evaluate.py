@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -73,8 +74,8 @@ def _tell(job: Job, figures: dict[str, Any]) -> None:
 def clean_latents(samples: list[Sample], autoencoder: AutoencoderSettings) -> Tensor:
     """The scaled means of the samples' posteriors (m, c, h, w): what the denoiser is to find again."""
     channels, field = autoencoder.network.latent_channels, latent_field(autoencoder)
-    means = [torch.from_numpy(decode_array(sample.fields[field])[:channels]).float() for sample in samples]
-    return autoencoder.scale_factor * torch.stack(means)
+    means = [decode_array(sample.fields[field])[:channels].astype(np.float32) for sample in samples]
+    return autoencoder.scale_factor * torch.from_numpy(np.stack(means))
 
 
 def number_captions(prompts: list[str], captions: list[str]) -> tuple[Tensor, Tensor]:

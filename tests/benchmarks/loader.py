@@ -64,8 +64,10 @@ def ours(infos: list[Any], workers: int, what: str) -> Iterator[int]:
 
     class ReadOnly(Loader):
         def batch(self, positions: range) -> Any:
-            read = [self._sample(*self._row(position)) for position in positions]
-            return torch.stack([sample.latent for sample in read]), [sample.tokens for sample in read]
+            read = self._samples([self._row(position) for position in positions])
+            captions = [sample.caption for sample in read]
+            latents = torch.from_numpy(np.stack([sample.latent for sample in read]))
+            return latents, captions if self.tokenizer is None else self.tokenizer(captions)
 
     data = TrainData(infos, [None] * len(infos), "e", "s", "moments.npy", [4, 32, 32], 0.18215)
     tokenizer = None if what == "latents" else make_tokenizer()

@@ -44,7 +44,7 @@ def test_what_is_written_is_read_in_any_order(tmp_path: Path) -> None:
     reader = ShardReader(info)
     assert reader.keys() == list(content) and len(reader) == 12
     for i in random.Random(SEED).sample(range(12), 12):
-        assert reader.read(i) == content[reader.keys()[i]]
+        assert reader.read(i) == (reader.keys()[i], content[reader.keys()[i]])
     reader.close()
     assert dict(iterate_tar(info.tar)) == content
 
@@ -65,7 +65,7 @@ def test_any_webdataset_reader_opens_a_shard(tmp_path: Path) -> None:
 def read_all(info: ShardInfo) -> dict[str, dict[str, bytes]]:
     reader = ShardReader(info)
     try:
-        return {key: reader.read(i) for i, key in enumerate(reader.keys())}
+        return dict(map(reader.read, range(len(reader))))
     finally:
         reader.close()
 
@@ -119,7 +119,7 @@ def test_without_the_crc_a_flipped_byte_would_pass(tmp_path: Path, monkeypatch: 
 ])  # fmt: skip
 def test_arrays_come_back_as_they_were(array: np.ndarray) -> None:
     back = decode_array(encode_array(np.asanyarray(array)))
-    assert back.dtype == array.dtype and back.shape == array.shape and back.flags.writeable
+    assert back.dtype == array.dtype and back.shape == array.shape
     np.testing.assert_array_equal(back, array)
 
 

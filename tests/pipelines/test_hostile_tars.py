@@ -118,7 +118,7 @@ def refusal(read: Callable[[], object]) -> str:
 def read_all(info: ShardInfo) -> list[dict[str, bytes]]:
     reader = ShardReader(info)
     try:
-        return [reader.read(i) for i in range(len(reader))]
+        return [reader.read(i)[1] for i in range(len(reader))]
     finally:
         reader.close()
 

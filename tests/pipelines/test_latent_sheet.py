@@ -34,7 +34,7 @@ def test_statistics_are_those_of_the_latents(cache: Path, capsys: pytest.Capture
     means = []
     for record in latents_of(cache).committed().values():
         reader = ShardReader(shard_info(latents_of(cache), record))
-        means += [decode_array(reader.read(i)["moments.npy"])[:4] for i in range(len(reader))]
+        means += [decode_array(reader.read(i)[1]["moments.npy"])[:4] for i in range(len(reader))]
     z = np.stack(means).astype(np.float64)
     assert "32: 12 samples in 2 shards, 12 of them measured" in text
     said = [float(x) for x in re.search(r"std of z by channel:(.*)all", text)[1].split()]
