@@ -32,6 +32,7 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; font-size: .9rem; margin: 1rem 0 0; }
 .soft { color: var(--soft); font-size: .88rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.2rem; }
+.stopped { border-color: var(--accent); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
 .figures .card { flex: 1 1 9rem; }
 .figures b { display: block; font-size: 1.7rem; line-height: 1.25; font-variant-numeric: tabular-nums; }

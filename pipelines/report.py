@@ -7,8 +7,6 @@ What is not there is left out, so that a run that has only come to `download` ha
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,6 @@ from pipelines.page import (
     bar,
     cell,
     curve,
-    embed,
-    figure,
     file_figure,
     markdown,
     navigation,
@@ -37,10 +33,8 @@ from pipelines.page import (
     table,
 )
 from pipelines.report_data import data_sections
+from pipelines.report_examples import example_sections
 
-PICTURE_BYTES = 64_000_000  # of the download tars that are looked through for examples
-KEPT_EXAMPLES, DROPPED_EXAMPLES = 36, 12
-PICTURES = ("jpg", "png", "webp", "gif")
 GRIDS = 8
 
 
@@ -64,17 +58,21 @@ class Made:
     fingerprint: str
 
 
-def write_report(run_folder: str | Path) -> Path:
-    """Writes report.html of the run in outputs/<name>; returns its path."""
+def write_report(run_folder: str | Path, stopped: str = "") -> Path:
+    """Writes report.html of the run in outputs/<name>; returns its path. `stopped` is what ended it before its end."""
     run_folder = Path(run_folder).absolute()
     said = read_said(run_folder)
+    if stopped and said.sessions:  # its own end is not in the journal yet
+        said.sessions[-1].update(status="STOPPED", reason=stopped)
     stages = read_stages(run_folder, said.params)
+    folders = {stage.name: stage.folder for stage in stages}
+    dropped = {stage.name: stage.funnel["dropped"] for stage in stages if stage.funnel}
     parts = {
         "Pictures": _pictures(run_folder, stages),
         "Prompt recall": _recall(run_folder),
         "Where every row went": _funnel(stages),
-        "What the data looks like": data_sections(run_folder, {stage.name: stage.folder for stage in stages}),
-        "Examples of the data": _examples(stages),
+        "What the data looks like": data_sections(run_folder, folders),
+        "Examples of the data": example_sections(folders, dropped),
         "Training": _training(run_folder),
         "Autoencoder": _autoencoder(said, stages),
         "What ran": _what_ran(said, stages),
@@ -82,7 +80,8 @@ def write_report(run_folder: str | Path) -> Path:
     }
     sections = [section(title, *inside) for title, inside in parts.items()]
     shown = [title for title, text in zip(parts, sections, strict=True) if text]
-    body = [f"<h1>{cell(run_folder.name)}</h1>", _summary(said, stages), navigation(shown), *sections]
+    title = f"<h1>{cell(run_folder.name)}</h1>"
+    body = [title, _summary(said, stages), _stopped(stopped), navigation(shown), *sections]
     path = run_folder / "report.html"
     write_whole(path, page(f"Run {run_folder.name}", body).encode())
     return path
@@ -156,6 +155,11 @@ def _summary(said: Said, stages: list[Made]) -> str:
     return f'<p class="soft">{cell(" · ".join(words))}</p>'
 
 
+def _stopped(reason: str) -> str:
+    words = "This run stopped before its end, and what follows is what it had made by then."
+    return f'<div class="card stopped"><b>{words}</b><p>{cell(reason)}</p></div>' if reason else ""
+
+
 def _pictures(run_folder: Path, stages: list[Made]) -> list[str]:
     grid = file_figure(run_folder / "generate/grid.png", "Drawn from captions alone.")
     made = next((stage for stage in stages if stage.name == "generate"), None)
@@ -209,72 +213,6 @@ def _funnel(stages: list[Made]) -> list[str]:
             lines = quarantine.describe(stage.name, stage.folder.committed().values())
             blocks.append(f'<p class="soft">{"<br>".join(map(cell, lines))}</p>')
     return blocks
-
-
-def _examples(stages: list[Made]) -> list[str]:
-    folders = {stage.name: stage.folder for stage in stages}
-    if "download" not in folders or "filter_images" not in folders:
-        return []
-    sheets = examples(folders)
-    kept = sheets.pop("", [])
-    parts = []
-    if kept:
-        parts = ["<h3>Kept</h3>", _sheet(kept)]
-    for reason in sorted(sheets):
-        parts += [f"<h3>Dropped: {cell(reason.replace('_', ' '))}</h3>", _sheet(sheets[reason])]
-    if parts:
-        parts.append('<p class="soft">Rows that were dropped before they were downloaded have no picture.</p>')
-    return parts
-
-
-def _sheet(pictures: list[tuple[bytes, str]]) -> str:
-    return f'<div class="sheet">{"".join(figure(_thumbnail(data), caption) for data, caption in pictures)}</div>'
-
-
-def _thumbnail(data: bytes) -> str:
-    """A small embedded picture; empty for what no decoder takes, which may be why it was dropped."""
-    try:
-        return embed(data, side=128, quality=80)
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
-        return ""
-
-
-def examples(folders: dict[str, StageFolder]) -> dict[str, list[tuple[bytes, str]]]:
-    """Reason ("" for kept) -> [(picture bytes, caption)] from the first shards, spread evenly over what was found."""
-    found: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
-    for reason, data, caption in _judged(folders):
-        found[reason].append((data, caption))
-    return {
-        reason: spread(pictures, DROPPED_EXAMPLES if reason else KEPT_EXAMPLES) for reason, pictures in found.items()
-    }
-
-
-def _judged(folders: dict[str, StageFolder]) -> Iterator[tuple[str, bytes, str]]:
-    """(reason, picture, caption) of downloaded samples in key order, up to PICTURE_BYTES."""
-    import pyarrow.parquet as pq
-
-    from ldm.shards import iterate_tar
-    from pipelines.selection import read_selection
-
-    chosen = folders["train"] / "selection.parquet" if "train" in folders else None
-    masks = read_selection(chosen) if chosen is not None and chosen.exists() else {}
-    seen = 0
-    for path in sorted(folders["filter_images"].path.glob("[0-9]*.parquet")):
-        rows = pq.read_table(folders["filter_images"].data(path.name), columns=["key", "verdict"]).to_pylist()
-        used = iter(masks.get(int(path.stem), []))
-        verdicts = {row["key"]: row["verdict"] or ("" if next(used, True) else "not_selected") for row in rows}
-        # Of a shard that was quarantined nothing is read: it may be its tar that cannot be.
-        for key, fields in iterate_tar(folders["download"].data(f"{path.stem}.tar")) if rows else ():
-            data = next((fields[name] for name in PICTURES if name in fields), b"")
-            seen += len(data)
-            yield verdicts[key], data, fields.get("txt", b"").decode(errors="replace")
-        if seen > PICTURE_BYTES:
-            return
-
-
-def spread(items: list[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly spaced."""
-    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 def _training(run_folder: Path) -> list[str]:

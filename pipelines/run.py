@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipelines.dag import ROOT, STAGES, Dag, Status, check_places, check_stage_n
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
 from pipelines.stopping import Stopped
-from pipelines.summary import funnel_rows, pointers, summary
+from pipelines.summary import funnel_of, funnel_rows, pointers, summary
 
 NO_SUCH_INPUT = 2  # exit code of everything that the caller can mend
 
@@ -174,7 +174,7 @@ def _check_model(config: Config) -> None:
 
 
 def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> None:
-    from pipelines import cluster, plot, report, stopping
+    from pipelines import cluster, stopping
     from pipelines.tracking import Tracker
 
     tracker = stack.enter_context(Tracker.open(dag.config.tracking, dag.run_folder))
@@ -182,26 +182,51 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
     tracker.run.tags({"code_version": code_version(), "command": command, "host": socket.gethostname()})
     stack.enter_context(cluster.connect(dag.config.cluster))
     stack.enter_context(stopping.ending())
-    for group in groups(wanted):
-        open_stages = [stage for stage in group if not dag.refresh(stage).done]
-        if not open_stages:
-            continue
-        for stage in open_stages:
-            begin(dag, stage)
-            print(f"{time.strftime('%H:%M:%S')}  {stage:<20} begins", flush=True)
-        if STAGES[group[0]].kind == "shards":
-            _run_stream(dag, open_stages, tracker, command)
-        else:
-            _run_one(dag, open_stages[0], tracker, command)
-    tracker.run.table("funnel", funnel_rows(dag, wanted))
-    funnels = [(stage, dag.statuses[stage].funnel) for stage in wanted if dag.statuses[stage].funnel]
+    with accounted(dag, wanted, tracker.run):
+        for group in groups(wanted):
+            open_stages = [stage for stage in group if not dag.refresh(stage).done]
+            if not open_stages:
+                continue
+            for stage in open_stages:
+                begin(dag, stage)
+                print(f"{time.strftime('%H:%M:%S')}  {stage:<20} begins", flush=True)
+            if STAGES[group[0]].kind == "shards":
+                _run_stream(dag, open_stages, tracker, command)
+            else:
+                _run_one(dag, open_stages[0], tracker, command)
+        if "evaluate" in wanted:
+            figures = read_json(dag.run_folder / "evaluate/metrics.json")
+            tracker.run.metrics({name: x for name, x in figures.items() if name.startswith("prompt_recall")})
+            tracker.run.image("grid", dag.run_folder / "generate/grid.png", dag.config.training.max_steps)
+
+
+@contextmanager
+def accounted(dag: Dag, wanted: list[str], journal: Any) -> Iterator[None]:
+    """However the block ends, an account is given of what its stages made; what ended it is never hidden."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            for stage in wanted:
+                with suppress(StaleError):  # as it was known before
+                    dag.refresh(stage)
+            give_account(dag, wanted, journal, stopped=f"{type(error).__name__}: {error}")
+        except Exception as other:  # whatever it is, it must not stand in for what ended the run
+            print(f"no report of the stopped run: {type(other).__name__}: {other}", file=sys.stderr)
+        raise
+    give_account(dag, wanted, journal)
+
+
+def give_account(dag: Dag, wanted: list[str], journal: Any, stopped: str = "") -> None:
+    """The funnel as table and plot, then the report, which says so where the run was `stopped`, and by what."""
+    from pipelines import plot, report
+
+    journal.table("funnel", funnel_rows(dag, wanted))
+    funnels = [(stage, funnel) for stage in wanted if (funnel := funnel_of(dag.statuses[stage]))]
     write_whole(dag.run_folder / "funnel.png", plot.funnel_png(funnels))
-    tracker.run.image("funnel", dag.run_folder / "funnel.png")
-    if "evaluate" in wanted:
-        figures = read_json(dag.run_folder / "evaluate/metrics.json")
-        tracker.run.metrics({name: x for name, x in figures.items() if name.startswith("prompt_recall")})
-        tracker.run.image("grid", dag.run_folder / "generate/grid.png", dag.config.training.max_steps)
-    tracker.run.artifact(report.write_report(dag.run_folder))
+    # No image of a step: MLflow would keep the first of them, and a run that goes on gives another account.
+    journal.artifact(dag.run_folder / "funnel.png")
+    journal.artifact(report.write_report(dag.run_folder, stopped))
 
 
 def groups(wanted: list[str]) -> Iterator[list[str]]:

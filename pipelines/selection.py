@@ -6,6 +6,8 @@ one bit for each sample in the order of the latent shard:
 
     shard, samples, used, mask
 
+Beside it lies a file of reasons, one for each sample, which nothing but reports reads.
+
 A sample that is not used has one reason, the first of: removed, <score>_out_of_bounds, exact_duplicate, near_duplicate,
 below_top_percent, near_duplicate_of_trained. Of duplicates the lowest key stays, whichever shard it is in; the last
 reason is for samples of held-out shards that look like one that is trained on.
@@ -13,6 +15,7 @@ reason is for samples of held-out shards that look like one that is trained on.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +32,8 @@ from pipelines.settings import SelectionConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
+REASONS = "reasons.parquet"  # of this run's own samples, beside selection.parquet
+READ_AT_ONCE = 64  # shards of a file of reasons
 READERS = 16  # shards whose parquet is read at once: an object store takes long to answer, and answers many at a time
 Shard = Any  # a shard's number, or (cache, number) where several caches are mixed
 # What a line of a removal list may be: the sample's name, its address, or a hash of the file as it came or is stored.
@@ -81,7 +86,7 @@ def score_of(table: pa.Table, score: str, setting: str) -> np.ndarray:
     return table[score].to_numpy().astype(np.float64)
 
 
-class _Chosen:
+class Chosen:
     """All samples in the order of their keys, and for each why it is not used (0: it is)."""
 
     def __init__(self, sizes: dict[Shard, int]) -> None:
@@ -101,19 +106,25 @@ class _Chosen:
         """The numbers of the samples that are used so far."""
         return np.flatnonzero(self.why == 0)
 
-    def masks(self) -> dict[Shard, np.ndarray]:
+    def whys(self) -> dict[Shard, np.ndarray]:
+        """For each shard (n,) uint8: which of `reasons` each sample has."""
         ends = np.cumsum(list(self.sizes.values()))[:-1]
-        return dict(zip(self.sizes, np.split(self.why == 0, ends), strict=True))
+        return dict(zip(self.sizes, np.split(self.why, ends), strict=True)) if self.sizes else {}
+
+    def masks(self) -> dict[Shard, np.ndarray]:
+        """For each shard (n,) bool: the samples that are used."""
+        return {shard: why == 0 for shard, why in self.whys().items()}
 
     def counts(self) -> Counter[str]:
+        """Samples that are not used, by reason."""
         counts = np.bincount(self.why, minlength=len(self.reasons)).tolist()
         return Counter({reason: n for reason, n in zip(self.reasons[1:], counts[1:], strict=True) if n})
 
 
 def select(
     shards: Iterable[tuple[Shard, pa.Table]], settings: SelectionConfig, held_out: Collection[Shard] = ()
-) -> tuple[dict[Shard, np.ndarray], Counter[str]]:
-    """(a mask for each shard, samples that are not used by reason); of duplicates the one that comes first stays.
+) -> Chosen:
+    """Which samples are used, and why the others are not; of duplicates the one that comes first stays.
 
     In the shards that are `held_out` no sample stays that looks like one of the others.
     """
@@ -125,11 +136,11 @@ def select(
         for name, values in _columns(table, settings, removed, bool(held_out)).items():
             columns.setdefault(name, []).append(values)
     known = {name: np.concatenate(parts) for name, parts in columns.items()}
-    chosen = _Chosen(sizes)
+    chosen = Chosen(sizes)
     if sizes and len(chosen.why):
         _decide(chosen, known, settings)
         _keep_apart(chosen, known, settings, held_out)
-    return chosen.masks() if sizes else {}, chosen.counts()
+    return chosen
 
 
 def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str], apart: bool) -> dict[str, np.ndarray]:
@@ -147,7 +158,7 @@ def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str], apar
     return found
 
 
-def _decide(chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionConfig) -> None:
+def _decide(chosen: Chosen, known: dict[str, np.ndarray], settings: SelectionConfig) -> None:
     """Applies the rules in their order, each to what the ones before it left."""
     if "removed" in known:
         chosen.drop(known["removed"], "removed")
@@ -168,7 +179,7 @@ def _decide(chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionCo
 
 
 def _keep_apart(
-    chosen: _Chosen, known: dict[str, np.ndarray], settings: SelectionConfig, held_out: Collection[Shard]
+    chosen: Chosen, known: dict[str, np.ndarray], settings: SelectionConfig, held_out: Collection[Shard]
 ) -> None:
     """Leaves out those held-out samples that look like one that is trained on."""
     if not held_out or settings.held_out_near_duplicate_bits is None:
@@ -191,12 +202,38 @@ def write_selection(path: Path, masks: dict[int, np.ndarray]) -> str:
     return sha256_file(path)
 
 
-def read_selection(path: Path) -> dict[int, np.ndarray]:
-    """The masks of a selection file, a bool for each sample of each latent shard."""
+def read_selection(path: Path, shards: Collection[int] | None = None) -> dict[int, np.ndarray]:
+    """The masks of a selection file, a bool for each sample of these latent shards, or of all."""
     import pyarrow.parquet as pq
 
     return {row["shard"]: np.unpackbits(np.frombuffer(row["mask"], np.uint8), count=row["samples"]).astype(bool)
-            for row in pq.read_table(path).to_pylist()}
+            for row in pq.read_table(path).to_pylist() if shards is None or row["shard"] in shards}
+
+
+def reasons_file(reasons: list[str], whys: dict[int, np.ndarray]) -> bytes:
+    """A parquet file of which of the reasons each sample has, a byte for each; the first is for those that are used."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"shard": shard, "why": why.tobytes()} for shard, why in sorted(whys.items())]
+    schema = pa.schema([("shard", pa.int64()), ("why", pa.binary())], {"format": "1", "reasons": json.dumps(reasons)})
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, sink, compression="zstd", row_group_size=READ_AT_ONCE)
+    return sink.getvalue().to_pybytes()
+
+
+def read_reasons(path: Path, shards: Collection[int]) -> dict[int, list[str]]:
+    """Shard -> the reason of each of its samples, "" where it is used."""
+    import pyarrow.parquet as pq
+
+    found = {}
+    with pq.ParquetFile(path) as file:
+        names = ["", *json.loads(file.schema_arrow.metadata[b"reasons"])[1:]]
+        for batch in file.iter_batches(READ_AT_ONCE, use_threads=False):
+            found |= {row["shard"]: [names[i] for i in row["why"]]
+                      for row in batch.to_pylist() if row["shard"] in shards}  # fmt: skip
+    return found
 
 
 def all_samples(metadata: StageFolder, images: StageFolder, shards: Iterable[int]) -> Iterator[tuple[int, Any]]:

@@ -20,7 +20,8 @@ from pipelines import quarantine
 from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, compose
 from pipelines.dag import Dag, check_places, reads
-from pipelines.manifest import StageFolder, StaleError, read_json, sum_funnel
+from pipelines.manifest import StageFolder, StaleError, read_json
+from pipelines.summary import funnel_of
 
 WIDTH = 100  # of a line of reasons
 
@@ -71,7 +72,7 @@ def state_of(dag: Dag, stage: str) -> tuple[str, dict[str, Any] | None, list[str
     except StaleError as error:
         return "stale", None, [*notes, *str(error).splitlines()]
     notes += quarantine.describe(stage, status.records.values())
-    funnel = status.funnel or (sum_funnel(list(status.records.values())) if status.records else None)
+    funnel = funnel_of(status)
     if status.done:
         editions = f", edition {len(status.editions)}" if len(status.editions) > 1 else ""
         return f"done{editions}", funnel, notes

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.dag import Dag
-from pipelines.manifest import read_json
+from pipelines.dag import Dag, Status
+from pipelines.manifest import read_json, sum_funnel
+
+
+def funnel_of(status: Status) -> dict[str, Any] | None:
+    """{rows, samples, dropped} of a stage: the whole once it is done, before that what is committed so far."""
+    return status.funnel or (sum_funnel(list(status.records.values())) if status.records else None)
 
 
 def funnel_rows(dag: Dag, wanted: list[str]) -> list[dict[str, Any]]:
@@ -15,7 +20,7 @@ def funnel_rows(dag: Dag, wanted: list[str]) -> list[dict[str, Any]]:
         status = dag.statuses[stage]
         note = status.job.output / "run.json"
         runs = read_json(note)["runs"] if note.exists() else []
-        funnel = status.funnel or {"rows": 0, "samples": 0, "dropped": {}}
+        funnel = funnel_of(status) or {"rows": 0, "samples": 0, "dropped": {}}
         rows.append({
             "stage": stage, "in": funnel["rows"], "out": funnel["samples"], "dropped": sum(funnel["dropped"].values()),
             "seconds": round(sum(run["seconds"] for run in runs), 1), "done": status.done,

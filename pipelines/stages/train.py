@@ -20,7 +20,7 @@ from pipelines import cluster, rewind, stopping
 from pipelines.dag import Job, weights_path
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
-from pipelines.selection import all_samples, read_selection, select, write_selection
+from pipelines.selection import REASONS, all_samples, read_selection, reasons_file, select, write_selection
 from pipelines.training_set import (
     Cache,
     autoencoder_settings,
@@ -70,15 +70,18 @@ def prepare(job: Job) -> Prepared:
         ((cache.name, shard), table) for cache in caches
         for shard, table in all_samples(cache.metadata, cache.images, sorted(records[cache.name]))
     )  # fmt: skip
-    masks, reasons = select(known_of, job.what["dataset.selection"], held)
+    chosen = select(known_of, job.what["dataset.selection"], held)
+    masks, whys = chosen.masks(), chosen.whys()
     selections = {
         cache.name: _place_selection(job, cache, {shard: masks[cache.name, shard] for shard in records[cache.name]})
         for cache in caches
     }
+    own = {shard: why for (cache, shard), why in whys.items() if not cache}
+    write_whole(job.output / REASONS, reasons_file(chosen.reasons, own))
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
     rewind.go_back(job.output.path, job.what["training"], rank_journal(job))
     (job.output / STOP).unlink(missing_ok=True)
-    return Prepared(selections, known, used, dict(reasons))
+    return Prepared(selections, known, used, dict(chosen.counts()))
 
 
 @contextmanager

@@ -8,16 +8,20 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from ldm.shards import ShardWriter
+from pipelines import report_examples
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import StageFolder, write_json
 from pipelines.page import bar, curve, embed, markdown, table, thin, ticks
-from pipelines.report import examples, spread_to_end, write_report
+from pipelines.report import spread_to_end, write_report
+from pipelines.report_examples import Few, examples
+from pipelines.selection import REASONS, reasons_file, write_selection
 
 
 def picture(colour: str, side: int = 64) -> bytes:
@@ -72,6 +76,7 @@ def run_folder(tmp_path: Path) -> Path:
     for step in range(1, 1001):
         worker.metrics({"train/loss": 1 / step, "perf/images": 30.0}, step)
     worker.metrics({"train/loss": math.nan}, 1001)
+    _select(folder / "train")
     for name in ("train/grid-100.png", "generate/grid.png", "evaluate/pairs.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture("navy"))
@@ -89,6 +94,18 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
+def _select(train: Path) -> None:
+    """Of the eight pictures that were judged good the second and the third are not used."""
+    stage = StageFolder(train, "train")
+    stage.write_plan({"fingerprint": "train"})
+    with stage.attempt(None, "f") as attempt:
+        stage.path.mkdir(exist_ok=True)
+        write_selection(stage / "selection.parquet", {0: np.array([True, False, False] + 5 * [True])})
+        whys = np.array([0, 2, 1] + 5 * [0], np.uint8)
+        (stage / REASONS).write_bytes(reasons_file(["used", "near_duplicate", "nsfw_out_of_bounds"], {0: whys}))
+        attempt.commit(rows=8, samples=6, dropped={"near_duplicate": 1, "nsfw_out_of_bounds": 1}, inputs={})
+
+
 def _data_stages(folder: Path) -> None:
     download, images = (StageFolder(folder / name, name) for name in ("download", "filter_images"))
     keys = [f"0000000{i:02d}" for i in range(10)]
@@ -103,6 +120,11 @@ def _data_stages(folder: Path) -> None:
         for i, key in enumerate(keys):
             writer.write(key, {"png": b"broken" if i == 4 else picture("teal"), "txt": f"caption <{i}>".encode()})
         writer.close()
+        lost = [("http_404", "http://gone.test/<script>"), ("http_404", "http://gone.test/" + "x" * 999),
+                ("http_404", "http://gone.test/c"), ("timeout", "http://slow.test/d")]  # fmt: skip
+        rows = [{"key": key, "url": f"http://good.test/{key}", "reason": ""} for key in keys]
+        rows += [{"key": f"00000001{i}", "url": url, "reason": why} for i, (why, url) in enumerate(lost)]
+        pq.write_table(pa.Table.from_pylist(rows), attempt.path / "000000.parquet")
         record = attempt.commit(rows=14, samples=10, dropped={"http_404": 3, "timeout": 1}, inputs={})
     download.close("f", [record], {"rows": 14, "samples": 10, "dropped": {"http_404": 3, "timeout": 1}})
     with images.attempt(0, "f") as attempt:
@@ -125,7 +147,8 @@ def test_the_page_says_what_happened(run_folder: Path) -> None:
         "14 in = 10 out + 4 dropped: every row is accounted for",
         "10 in = 8 out + 2 dropped: every row is accounted for",
         "http_404 3", "too_small 1", "75.0%", "128", "abc123", "name=<demo>", "“blue <banana>”", "step 100",
-        "caption <0>", "1 points are not finite", "License: CC BY-SA 4.0", "2 min 0 s of work",
+        "caption <0>", "1 points are not finite", "8 in = 6 out + 2 dropped", "License: CC BY-SA 4.0",
+        "2 min 0 s of work",
     ):  # fmt: skip
         assert words in text, words
     assert "step 200" not in text, "a grid that is gone"
@@ -138,13 +161,65 @@ def test_rows_that_vanish_are_shouted(run_folder: Path) -> None:
     assert "1 ARE MISSING" in check(write_report(run_folder)).text
 
 
+def folders_of(run_folder: Path) -> dict[str, StageFolder]:
+    return {name: StageFolder(run_folder / name, name) for name in ("download", "filter_images", "train")}
+
+
 def test_examples_by_reason(run_folder: Path) -> None:
-    folders = {name: StageFolder(run_folder / name, name) for name in ("download", "filter_images")}
-    found = examples(folders)
-    assert {reason: len(pictures) for reason, pictures in found.items()} == {
-        "": 8, "too_small": 1, "undecodable_truncated": 1,
+    found = examples(folders_of(run_folder))
+    captions = {reason: [caption for _, caption in pictures] for reason, pictures in found.items()}
+    assert captions == {
+        "": [f"caption <{i}>" for i in (0, 5, 6, 7, 8, 9)], "too_small": ["caption <3>"],
+        "undecodable_truncated": ["caption <4>"], "nsfw_out_of_bounds": ["caption <1>"],
+        "near_duplicate": ["caption <2>"],
     }  # fmt: skip
     assert found["undecodable_truncated"] == [(b"broken", "caption <4>")]
+    (run_folder / "train" / REASONS).unlink()  # as trainings were that kept none
+    found = examples(folders_of(run_folder))
+    assert [caption for _, caption in found["not_selected"]] == ["caption <1>", "caption <2>"]
+
+
+def test_sheets_are_headed_by_their_reason_and_its_count(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text()
+    for reason in ("near duplicate (1)", "nsfw out of bounds (1)", "too small (1)", "undecodable truncated (1)"):
+        sheet = page.partition(f"<h3>Dropped: {reason}</h3>")[2].partition("<h3>")[0]
+        assert sheet.count("<figure>") == 1, reason
+    assert page.partition("<h3>Kept</h3>")[2].partition("<h3>")[0].count("<img") == 6
+
+
+def test_what_gave_no_picture_is_told_by_addresses_that_nothing_follows(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    page, text = path.read_text(), check(path).text
+    lost = page.partition("<h3>Without a picture</h3>")[2].partition("</section>")[0]
+    assert "No bytes are kept" in lost and lost.index("http 404 (3)") < lost.index("timeout (1)")
+    assert "http://gone.test/&lt;script&gt;" in lost and "http://slow.test/d" in text and "good.test" not in lost
+    assert "x" * 100 in lost and "x" * 300 not in lost
+    assert "<a " not in lost and "<img" not in lost
+
+
+def test_examples_are_few_and_come_from_everywhere() -> None:
+    few = Few(5, 7)
+    keys = [f"{i:09d}" for i in range(3000)]
+    for i, key in enumerate(keys):
+        few.add("" if i % 2 else "timeout", key, key)
+    found = few.by_reason()
+    assert {reason: len(some) for reason, some in found.items()} == {"": 7, "timeout": 5}
+    assert all(some == sorted(some) and int(some[-1]) - int(some[0]) > 1000 for some in found.values())
+
+
+def test_no_more_pictures_are_read_than_the_page_can_bear(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_examples, "PICTURE_BYTES", 2 * len(picture("teal")))
+    assert sum(len(some) for some in examples(folders_of(run_folder)).values()) == 3
+
+
+def test_a_run_that_stopped_says_so_first_and_why(run_folder: Path) -> None:
+    text = check(write_report(run_folder, "YieldError: 3 of <14> pictures arrived")).text
+    head = text.partition("Where every row went")[0]
+    assert "This run stopped before its end" in head and "YieldError: 3 of <14> pictures arrived" in head
+    assert "14 in = 10 out" in text and "stopped" in text.partition("Sessions")[2]
+    assert "This run stopped" not in check(write_report(run_folder)).text
 
 
 def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def row(key: int, **scores: Any) -> dict[str, Any]:
 
 
 def select(shards: list[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig, held_out: Any = ()) -> Any:
-    return selection.select(((shard, table(rows)) for shard, rows in shards), settings, held_out)
+    chosen = selection.select(((shard, table(rows)) for shard, rows in shards), settings, held_out)
+    return chosen.masks(), chosen.counts()
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -147,6 +148,21 @@ def test_a_selection_survives_the_disk_and_equal_ones_are_equal_bytes(tmp_path: 
     assert write_selection(tmp_path / "a", masks) == write_selection(tmp_path / "b", masks)
     read = read_selection(tmp_path / "a")
     assert all((read[shard] == mask).all() for shard, mask in masks.items()) and read.keys() == masks.keys()
+
+
+def test_every_sample_that_is_not_used_has_its_reason_on_disk(tmp_path: Path) -> None:
+    digests = ["aa", "aa", "bb", "cc"]
+    shards = [(shard, table([row(10 * shard + i, sha256=digest * 32, score=float(i))
+                             for i, digest in enumerate(digests)])) for shard in (0, 3)]  # fmt: skip
+    chosen = selection.select(shards, settings(exact_duplicates=True, thresholds={"score": [None, 2.0]}))
+    (tmp_path / "reasons").write_bytes(selection.reasons_file(chosen.reasons, chosen.whys()))
+    here, there = ["", "exact_duplicate", "", "score_out_of_bounds"], ["exact_duplicate"] * 3 + ["score_out_of_bounds"]
+    assert selection.read_reasons(tmp_path / "reasons", [0, 3]) == {0: here, 3: there}
+    assert selection.read_reasons(tmp_path / "reasons", [3, 5]) == {3: there}
+    write_selection(tmp_path / "selection", chosen.masks())
+    assert {shard: mask.tolist() for shard, mask in read_selection(tmp_path / "selection", [3]).items()} == {
+        3: [False] * 4
+    }
 
 
 # -- held-out shards -------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def with_images(config: Config, address: str) -> Dag:
 def with_checkpoints(dag: Dag, seen: dict[int, int]) -> None:
     """A selection, and checkpoints by step and samples seen, as training leaves them."""
     folders = [dag.statuses[stage].job.output for stage in ("filter_metadata", "filter_images")]
-    masks, _ = select(all_samples(*folders, sorted(folders[1].committed())), dag.config.dataset.selection)
+    masks = select(all_samples(*folders, sorted(folders[1].committed())), dag.config.dataset.selection).masks()
     train = StageFolder(dag.home("train"), "train")
     train.path.mkdir()
     write_selection(train / "selection.parquet", masks)
