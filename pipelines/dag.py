@@ -156,22 +156,26 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
 
 def what_of(config: Config, stage: str) -> dict[str, Any]:
     """The settings that decide a stage, as plain values; files count by their content, never by their path."""
-    what = {path: _by_content(plain(section(config, path)), path) for path in STAGES[stage].settings}
+    sources = config.paths.sources
+    what = {path: _by_content(plain(section(config, path)), path, sources) for path in STAGES[stage].settings}
     for path in STAGES[stage].grows + STAGES[stage].requests:
         head, _, leaf = path.rpartition(".")
         what[head] = {key: value for key, value in what[head].items() if key != leaf}
     return what
 
 
-def _by_content(value: Any, path: str) -> Any:
+def _by_content(value: Any, path: str, sources: dict[str, str]) -> Any:
     """A section with every file in it replaced by the hash of what the file holds."""
     if isinstance(value, dict):
-        return {key: _by_content(item, f"{path}.{key}") for key, item in value.items()}
+        return {key: _by_content(item, f"{path}.{key}", sources) for key, item in value.items()}
     if value is not None and any(fnmatch(path, pattern) for pattern in FILES):
         try:
             return sha256_file(weights_path(value))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}; put the file there, or name another one with {path}=FILE") from error
+            source = f"; it comes from {sources[path]}" if path in sources else ""
+            raise ConfigError(
+                f"{path}: {error}{source}; put the file there, or name another one with {path}=FILE"
+            ) from error
     return value
 
 

@@ -26,9 +26,21 @@ from typing import Any
 from ldm.storage import StorageError
 from pipelines import quarantine, rewind
 from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
-from pipelines.dag import ROOT, STAGES, Dag, Status, check_places, check_stage_name, connected, reads, what_of
+from pipelines.dag import (
+    ROOT,
+    STAGES,
+    Dag,
+    Status,
+    check_places,
+    check_stage_name,
+    connected,
+    reads,
+    weights_path,
+    what_of,
+)
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
+from pipelines.settings import FilterImagesConfig
 from pipelines.stopping import Stopped
 from pipelines.summary import funnel_of, funnel_rows, pointers, summary
 
@@ -98,6 +110,8 @@ def run(config: Config, command: str) -> int:
             print("Everything is up to date.")
             return 0
         _check_inputs_present(dag, wanted)
+        if "filter_images" in wanted and not statuses["filter_images"].done:
+            check_scores(config.dataset.filter_images)
         if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
             _check_model(config)
         for stage in wanted:
@@ -161,6 +175,17 @@ def _check_inputs_present(dag: Dag, wanted: list[str]) -> None:
             raise ConfigError(
                 f"{stage} reads {read}, which is not there yet in {dag.home(read)}; "
                 f"make it with: python -m pipelines.run +stage={read} name={dag.config.name}"
+            )
+
+
+def check_scores(settings: FilterImagesConfig) -> None:
+    """Refuses weights of which nobody has said which are meant."""
+    given = {f"heads.{name}": head for name, head in settings.heads.items()}
+    for key, network in (given if settings.clip is None else {"clip": settings.clip, **given}).items():
+        if network.sha256 is None:
+            raise ConfigError(
+                f"dataset.filter_images.{key}.sha256 is null, so nobody has said which weights are meant; "
+                f"`sha256sum {weights_path(network.weights)}` computes what to write there"
             )
 
 

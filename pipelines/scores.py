@@ -1,7 +1,7 @@
 """Scores of pictures from CLIP: how well one fits its caption, and what small heads say of its embedding.
 
-Loaded once for each worker of filter_images, on its GPU where it has one. Batches are padded to one size and run on one
-thread, so that a score depends on its picture and caption only.
+Loaded once for each worker of filter_images, on the GPU that it was given or on the processor. Batches are padded to
+one size and run on one thread, so that a score depends on its picture and caption only.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from ldm.config import ClipConfig
+from ldm.interop.checkpoint_file import open_file
 from ldm.models.clip import Clip
 from ldm.models.score_head import ScoreHead
 from pipelines.dag import weights_path
 from pipelines.manifest import sha256_file
-from pipelines.settings import FilterImagesConfig
+from pipelines.settings import FilterImagesConfig, ScoreHeadConfig
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,14 @@ class Picture:
 class Scorer:
     """Pictures with captions -> {clip_similarity, one score for each head, embedding} for each."""
 
-    def __init__(self, settings: FilterImagesConfig) -> None:
+    def __init__(self, settings: FilterImagesConfig, device: torch.device) -> None:
         if settings.clip is None:
             raise ValueError("dataset.filter_images.clip is null, but dataset.filter_images.heads read its embeddings")
-        self.settings = settings.clip
+        self.settings, self.device = settings.clip, device
         torch.set_num_threads(1)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         path = checked(settings.clip.weights, settings.clip.sha256, "clip")
         self.clip = Clip(ClipConfig(settings.clip.model, path)).to(self.device)
-        self.heads = {
-            name: ScoreHead(checked(head.weights, head.sha256, f"heads.{name}"), head.activation, head.output)
-            for name, head in settings.heads.items()
-        }  # fmt: skip
+        self.heads = {name: _read_head(name, head) for name, head in settings.heads.items()}
 
     def __call__(self, pictures: list[Picture]) -> list[dict[str, Any]]:
         size = self.settings.batch_size
@@ -73,7 +70,13 @@ class Scorer:
         return head(images)
 
 
-def checked(weights: str, sha256: str, key: str) -> str:
+def _read_head(name: str, head: ScoreHeadConfig) -> ScoreHead:
+    """A head from its file, whatever wrote it: nothing in it is run."""
+    path = checked(head.weights, head.sha256, f"heads.{name}")
+    return ScoreHead(open_file(path).state(), head.activation, head.output, path)
+
+
+def checked(weights: str, sha256: str | None, key: str) -> str:
     """The path of a file of weights that is what the settings say."""
     path = weights_path(weights)
     found = sha256_file(path)

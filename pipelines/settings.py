@@ -72,7 +72,7 @@ class ClipScoreConfig:
 
     model: str  # an architecture that open_clip knows, ViT-L-14 say
     weights: str  # safetensors file of both towers, as open_clip names them
-    sha256: str  # of that file
+    sha256: str | None  # of that file; null is refused with the command that computes it
     batch_size: int  # pictures in one call, padded; other sizes give other last digits
     keep_embeddings: bool  # stores them too, as fp16: 1.5 kB a picture for 768 numbers
 
@@ -81,8 +81,8 @@ class ClipScoreConfig:
 class ScoreHeadConfig:
     """A small network on CLIP's embedding of a picture, such as LAION's aesthetic predictor or its NSFW detector."""
 
-    weights: str  # safetensors file with layers.0.weight (out, in), layers.0.bias, layers.1.weight, ...
-    sha256: str  # of that file
+    weights: str  # file of its layers, as LAION released them or in safetensors: ldm/models/score_head.py
+    sha256: str | None  # of that file; null is refused with the command that computes it
     activation: str  # between layers: none (LAION's aesthetic heads) or relu (its NSFW detector)
     output: str  # what becomes of the last number: none or sigmoid
 
@@ -193,6 +193,7 @@ class PathsConfig:
     shards: str | None  # where filter_metadata to precompute_latents write: another folder or s3://bucket/prefix; null:
     # outputs. The names below it are the same: <name>/<stage>
     reuse: dict[str, str]  # stage -> name of another run whose finished stage is read instead
+    sources: dict[str, str]  # setting that names a file -> where the file comes from, for whoever does not have it
 
 
 @dataclass(frozen=True)

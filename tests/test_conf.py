@@ -15,7 +15,7 @@ from pipelines.dag import STAGES, Dag, reads
 
 ROOT = CONF.parent
 GROUPS = ["dataset", "autoencoder", "text_encoder", "unet", "diffusion", "training", "generation", "evaluation",
-          "cluster", "paths", "tracking"]
+          "cluster", "paths", "scores", "tracking"]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

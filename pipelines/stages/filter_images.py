@@ -27,6 +27,7 @@ from PIL import Image
 from ldm.images import ImageError, decode_rgb
 from ldm.shards import CorruptSample, iterate_tar
 from pipelines.dag import Job
+from pipelines.devices import device_of
 from pipelines.manifest import Record, StageFolder, shard_name
 from pipelines.settings import FilterImagesConfig
 
@@ -86,7 +87,7 @@ def sizes(job: Job) -> dict[str, int]:
 
 
 class Worker:
-    """Judges shards; holds the networks that score, where there are any, on the GPU that its cluster gives it."""
+    """Judges shards; holds the networks that score, where there are any, on the device that its cluster gives it."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings = job, job.what["dataset.filter_images"]
@@ -94,7 +95,7 @@ class Worker:
         if self.settings.clip is not None or self.settings.heads:
             from pipelines.scores import Scorer  # torch and open_clip: four seconds that only scores need
 
-            self.scorer = Scorer(self.settings)
+            self.scorer = Scorer(self.settings, device_of(job.how.cluster.filter_images, "filter_images"))
 
     def run_shard(self, shard: int) -> Record:
         """Judges the pictures of one shard and commits what was seen."""

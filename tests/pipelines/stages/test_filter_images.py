@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,10 @@ from ldm.models.score_head import ScoreHead
 from pipelines import cluster
 from pipelines.config import ConfigError, compose
 from pipelines.dag import Dag, Job
+from pipelines.devices import device_of
 from pipelines.manifest import StageFolder
-from pipelines.settings import ClipScoreConfig, FilterImagesConfig, ScoreHeadConfig
+from pipelines.run import check_scores
+from pipelines.settings import ClipScoreConfig, FilterImagesConfig, Resources, ScoreHeadConfig
 from pipelines.stages import download, filter_images
 
 PLAIN = FilterImagesConfig(min_size=40, max_aspect=3.0, clip=None, heads={})
@@ -182,11 +185,116 @@ def test_weights_that_are_absent_or_others_say_what_to_put_where(
         filter_images.run_shard(with_settings(job, replace(PLAIN, clip=clip, heads=narrow)), 0)
     with pytest.raises(ValueError, match="filter_images.clip is null, but .* read its embeddings"):
         filter_images.Worker(with_settings(job, replace(PLAIN, heads=narrow)))
+
+
+def test_a_score_head_reads_what_was_released_under_its_own_names() -> None:
+    torch.manual_seed(0)
+    widths = [6, 5, 4, 1]
+    layers = [(torch.randn(out, into), torch.randn(out)) for into, out in zip(widths, widths[1:], strict=False)]
+    x, mean, variance = torch.randn(7, 6), torch.randn(6), torch.rand(6) + 0.1
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        for i, (weight, bias) in enumerate(layers):
+            x = (x.relu() if i else x) @ weight.T + bias
+        return x[:, 0]
+
+    def named(names: list[str]) -> dict[str, torch.Tensor]:
+        return {f"{name}{part}": value for name, layer in zip(names, layers, strict=True)
+                for part, value in zip(("weight", "bias"), layer, strict=True)}  # fmt: skip
+
+    sequential = named(["layers.0.", "layers.2.", "layers.10."])  # as LAION's aesthetic predictor, with gaps
+    detector = named(["linear_1.", "linear_2.", "linear_3."]) | {"norm.mean": mean, "norm.variance": variance}
+    torch.testing.assert_close(ScoreHead(sequential, "relu", "none", "x")(x), by_hand(x))
+    safe = ScoreHead(detector, "relu", "sigmoid", "x")(x)
+    torch.testing.assert_close(safe, torch.sigmoid(by_hand((x - mean) / variance.sqrt())))
+    weight, bias = torch.randn(1, 6), torch.randn(1)
+    one = ScoreHead({"weight": weight, "bias": bias}, "none", "none", "x")
+    torch.testing.assert_close(one(x), (x @ weight.T + bias)[:, 0])
+    assert one.width == 6
     with pytest.raises(ValueError, match="activation=gelu, output=none; expected none or relu"):
-        ScoreHead(narrow["aesthetic"].weights, "gelu", "none")
-    save_file({"fc.weight": torch.zeros(1, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds fc.weight; expected layers.0.weight"):
-        ScoreHead(tmp_path / "other.safetensors", "none", "none")
+        ScoreHead(sequential, "gelu", "none", "x")
+    wrong = [{"fc.weight": weight}, {"weight": weight}, {"layers.0.weight": weight, "layers.0.bias": bias, "x": bias},
+             {**sequential, "layers.10.weight": torch.randn(1, 5)}, {**detector, "norm.more": mean},
+             {name: x for name, x in detector.items() if name != "norm.mean"}]  # fmt: skip
+    for state in wrong:
+        with pytest.raises(ValueError, match="here holds .*; expected weight"):
+            ScoreHead(state, "none", "none", "here")
+
+
+# -- presets ----------------------------------------------------------------------------------------------------------
+def test_the_preset_of_laion_runs_on_stand_ins_for_its_files(job: Job, clip: ClipScoreConfig, tmp_path: Path) -> None:
+    """The heads' files as they were released: pickles, with the released names, for embeddings of 16 numbers."""
+    torch.manual_seed(5)
+    weights = tmp_path / "outputs/weights"
+    weights.mkdir(parents=True)
+    shutil.copy(clip.weights, weights / "clip_vit_l_14_openai.safetensors")
+    sizes = {0: (16, 32), 2: (32, 8), 4: (8, 8), 6: (8, 4), 7: (4, 1)}
+    aesthetic = {f"layers.{i}.{part}": torch.randn(*shape) for i, (into, out) in sizes.items()
+                 for part, shape in (("weight", (out, into)), ("bias", (out,)))}  # fmt: skip
+    torch.save(aesthetic, weights / "sac+logos+ava1-l14-linearMSE.pth")
+    sizes = {1: (16, 8), 2: (8, 32), 3: (32, 16), 4: (16, 1)}
+    nsfw = {f"linear_{i}.{part}": 0.1 * torch.randn(*shape) for i, (into, out) in sizes.items()
+            for part, shape in (("weight", (out, into)), ("bias", (out,)))}  # fmt: skip
+    torch.save({**nsfw, "norm.mean": torch.zeros(16), "norm.variance": torch.ones(16)},
+               weights / "clip_ViT-L-14_openai_binary_nsfw_head.pth")  # fmt: skip
+    given = ["scores=laion", f"paths.outputs={tmp_path / 'outputs'}", f"dataset.filter_images.clip.model={clip.model}"]
+    config = compose(given)
+    with pytest.raises(ConfigError, match=r"clip.sha256 is null.*`sha256sum .*clip_vit_l_14_openai.safetensors`"):
+        check_scores(config.dataset.filter_images)
+    files = {"clip": config.dataset.filter_images.clip, **config.dataset.filter_images.heads}
+    hashes = {name: digest(Path(network.weights)) for name, network in files.items()}
+    keys = {"clip": "clip", "aesthetic": "heads.aesthetic", "nsfw": "heads.nsfw"}
+    given += [f"dataset.filter_images.{keys[name]}.sha256={sha256}" for name, sha256 in hashes.items()]
+    config = compose([*given, "dataset.filter_images.min_size=40"])
+    check_scores(config.dataset.filter_images)
+    assert Dag(config).fingerprints["filter_images"] != Dag(compose([])).fingerprints["filter_images"]
+    scored = with_settings(job, config.dataset.filter_images)
+    filter_images.run_shard(scored, 0)
+    kept = [row for row in rows_of(scored) if not row["verdict"]]
+    assert len(kept) == 5 and len({row["aesthetic"] for row in kept}) == 5
+    assert all(0 < row["nsfw"] < 1 and -1 <= row["clip_similarity"] <= 1 for row in kept)
+
+
+@pytest.mark.parametrize("missing, source", [
+    ("clip_vit_l_14_openai.safetensors", "open_clip.create_model"), ("sac+logos+ava1-l14-linearMSE.pth", "github.com"),
+    ("clip_ViT-L-14_openai_binary_nsfw_head.pth", "CLIP-based-NSFW-Detector"),
+])  # fmt: skip
+def test_without_its_files_the_preset_says_which_file_where_and_from_where(
+    tmp_path: Path, missing: str, source: str
+) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    config = compose(["scores=laion", f"paths.outputs={tmp_path}"])
+    for network in (config.dataset.filter_images.clip, *config.dataset.filter_images.heads.values()):
+        Path(network.weights).write_bytes(b"x")
+    (weights / missing).unlink()
+    with pytest.raises(ConfigError) as error:
+        Dag(config)
+    said = str(error.value)
+    assert f"no file at {weights / missing}" in said and source in said and "put the file there" in said
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+def test_a_worker_computes_where_its_cluster_put_it_and_not_on_what_it_sees(
+    job: Job, clip: ClipScoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Resources(num_cpus=1, num_gpus=0.5, in_flight=1)
+    with pytest.raises(RuntimeError, match="filter_images.num_gpus is 0.5, but torch .* sees no GPU"):
+        device_of(share, "filter_images")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(share, "filter_images") == torch.device("cuda")
+    assert device_of(replace(share, num_gpus=0), "filter_images") == torch.device("cpu")
+    worker = filter_images.Worker(with_settings(job, replace(PLAIN, clip=clip)))  # cluster=local gives it no GPU
+    assert worker.scorer.device == torch.device("cpu")
+
+
+def test_scoring_and_encoding_share_every_gpu_in_equal_parts() -> None:
+    """Whatever the order in which Ray places equal parts, as many fit as the GPUs hold; none waits for ever."""
+    cluster = compose(["cluster=h100_scores"]).cluster
+    plain = compose(["cluster=h100"]).cluster
+    scoring, encoding = cluster.filter_images, cluster.precompute_latents
+    assert scoring.num_gpus == encoding.num_gpus == 0.5 and plain.filter_images.num_gpus == 0
+    assert scoring.num_gpus * scoring.in_flight + encoding.num_gpus * encoding.in_flight <= plain.train.workers
 
 
 @pytest.mark.slow
