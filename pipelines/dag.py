@@ -8,6 +8,7 @@ A stage is handed only the sections that it declares, so its fingerprint cannot 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -47,7 +48,8 @@ class Stage:
 
     kind "table" makes shards from the whole set at once, "shards" makes shard n from shard n of what it reads,
     "whole" makes one result. `grows` names settings of which more extends a finished result instead of changing it,
-    `requests` settings that say how to go on with an unfinished one; neither is part of the fingerprint.
+    `requests` settings that say how to go on with an unfinished one, `how` settings that decide no byte: how fast it
+    goes, when it gives up. None of these is part of the fingerprint.
     A stage that is `many` keeps one folder for each fingerprint, so that other settings never meet a refusal.
     """
 
@@ -57,6 +59,7 @@ class Stage:
     version: int = 1  # raised by hand when the stage's output changes for equal settings
     grows: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
+    how: tuple[str, ...] = ()
     many: bool = False
 
 
@@ -64,7 +67,9 @@ STAGES = {
     "filter_metadata": Stage(
         "table", (), ("dataset.source", "dataset.sample_web", "dataset.filter_metadata"), version=2),
     "download": Stage(
-        "shards", ("filter_metadata",), ("dataset.download",), version=3),
+        "shards", ("filter_metadata",), ("dataset.download",), version=3,
+        how=("dataset.download.threads", "dataset.download.requests_per_second", "dataset.download.min_yield",
+             "dataset.download.yield_after")),
     "filter_images": Stage(
         "shards", ("download",), ("dataset.filter_images",), version=2),
     "train_autoencoder": Stage(
@@ -158,7 +163,7 @@ def what_of(config: Config, stage: str) -> dict[str, Any]:
     """The settings that decide a stage, as plain values; files count by their content, never by their path."""
     sources = config.paths.sources
     what = {path: _by_content(plain(section(config, path)), path, sources) for path in STAGES[stage].settings}
-    for path in STAGES[stage].grows + STAGES[stage].requests:
+    for path in STAGES[stage].grows + STAGES[stage].requests + STAGES[stage].how:
         head, _, leaf = path.rpartition(".")
         what[head] = {key: value for key, value in what[head].items() if key != leaf}
     return what
@@ -184,10 +189,11 @@ class Dag:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.what = {name: self._what(name) for name in STAGES}
         self.fingerprints: dict[str, str] = {}
         for name, stage in STAGES.items():
             inputs = {read: self.fingerprints[read] for read in reads(config, name)}
-            self.fingerprints[name] = fingerprint(name, stage.version, what_of(config, name), inputs)
+            self.fingerprints[name] = fingerprint(name, stage.version, self.what[name], inputs)
         self.statuses: dict[str, Status] = {}
 
     @property
@@ -226,9 +232,21 @@ class Dag:
             "stage": stage,
             "version": STAGES[stage].version,
             "fingerprint": self.fingerprints[stage],
-            "what": what_of(self.config, stage),
+            "what": self.what[stage],
             "reads": {read: self.fingerprints[read] for read in reads(self.config, stage)},
         }
+
+    def _what(self, stage: str) -> dict[str, Any]:
+        """What decides a stage; settings of `how` only where its plan is so old that it counts them, as it has them."""
+        what, counted = what_of(self.config, stage), {}
+        if STAGES[stage].how:
+            with suppress(ValueError):  # a damaged plan is told of by whoever asks for the stage's status
+                counted = (self._folder(stage).read_plan() or {}).get("what", {})
+        for path in STAGES[stage].how:
+            head, _, leaf = path.rpartition(".")
+            if leaf in counted.get(head, {}):
+                what[head][leaf] = counted[head][leaf]
+        return what
 
     def planned(self, stage: str) -> list[int]:
         """The shards that a stage of kind "shards" shall make: those of what it reads, as far as they are known."""

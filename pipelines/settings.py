@@ -49,6 +49,8 @@ class FilterMetadataConfig:
 
 @dataclass(frozen=True)
 class DownloadConfig:
+    """How URLs become pictures. threads, requests_per_second, min_yield and yield_after decide none, and may change."""
+
     image_size: int  # pixels of the shorter side; larger pictures are made smaller, smaller ones stay
     encode_format: str  # of what is stored: jpg, or png, which is exact and several times larger
     encode_quality: int  # of jpg, 1 to 95
@@ -62,8 +64,9 @@ class DownloadConfig:
     user_agent: str
     respect_robots: bool  # robots.txt and opt-out headers
     requests_per_second: float | None  # for each host, by all workers of a cluster together; null is no budget
-    min_yield: float  # share of a shard's rows below which something is broken: the stage stops
-    yield_after: int  # URLs of a shard after which that share is asked for, long before its last one
+    min_yield: float  # share of URLs that give a picture below which something is broken: the stage stops
+    yield_after: int  # URLs from which that share is asked for, long before a shard's last one; a worker
+    # judges smaller shards together. URLs that failed in an earlier edition and are tried again are not judged
 
 
 @dataclass(frozen=True)

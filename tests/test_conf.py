@@ -98,14 +98,17 @@ def test_a_wrong_word_lists_the_right_ones_quickly_and_without_a_traceback(argum
     assert seconds < 8
 
 
-def test_what_enters_the_fingerprint_and_how_does_not() -> None:
+def test_what_enters_the_fingerprint_and_how_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run has left a plan
     base = Dag(compose([])).fingerprints
     for how in ("cluster.num_cpus=7", "cluster.train.workers=4", "cluster.train.run.zero_stage=2",
-                "dataset.connect=127.0.0.1:80", "paths.outputs=x",
+                "dataset.connect=127.0.0.1:80", "dataset.download.threads=3", "dataset.download.min_yield=0.01",
+                "dataset.download.requests_per_second=9.0", "dataset.download.yield_after=9", "paths.outputs=x",
                 "tracking.enabled=false", "name=y", "training.max_steps=1"):
         assert Dag(compose([how])).fingerprints == base, how
     moved = {
         "dataset.filter_metadata.shard_samples=32": "filter_metadata",
+        "dataset.download.retries=7": "download",
         "dataset.filter_images.min_size=9": "filter_images",
         "dataset.precompute_latents.batch_size=3": "precompute_latents",
         "dataset.selection.near_duplicate_bits=1": "train",

@@ -20,9 +20,9 @@ import logging
 import os
 import sys
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -54,6 +54,7 @@ SCHEMA = pa.schema([
     *((name, pa.string()) for name in HASHES),
 ])  # fmt: skip
 GIVEN_UP = "given_up"  # a URL that was not asked for any more; no ledger ever holds it
+NOT_JUDGED: dict[str, tuple[int, int]] = {}  # output -> (rows, pictures) of shards too small to say anything
 
 
 class YieldError(RuntimeError):
@@ -75,12 +76,14 @@ class CanaryError(RuntimeError):
 
 
 class Arrivals:
-    """What has come of one shard: hashes, and counts that say early when so little comes that something is broken."""
+    """What has come of one shard: hashes, and counts that say early when so little comes that something is broken.
 
-    def __init__(self, settings: DownloadConfig) -> None:
-        self.settings = settings
+    Rows that failed before and are tried again count for nothing: little comes of them, and nothing is broken.
+    """
+
+    def __init__(self, settings: DownloadConfig, retried: AbstractSet[int] = frozenset()) -> None:
+        self.settings, self.retried = settings, retried
         self.hashes: dict[int, tuple[str, str]] = {}
-        self.lock = threading.Lock()
         self.asked, self.arrived, self.given_up = 0, 0, False
 
     def note(self, number: int, body: bytes) -> None:
@@ -88,13 +91,14 @@ class Arrivals:
             hashlib.md5(body, usedforsecurity=False).hexdigest(), hashlib.sha256(body).hexdigest(),
         )  # fmt: skip
 
-    def count(self, picture: bool) -> None:
-        """Counts one URL; from `yield_after` URLs on the shard is given up for good when the floor is missed."""
-        with self.lock:
-            self.asked += 1
-            self.arrived += picture
-            enough = self.asked >= self.settings.yield_after
-            self.given_up |= enough and self.arrived < self.settings.min_yield * self.asked
+    def count(self, number: int, picture: bool) -> None:
+        """Counts one row; from `yield_after` rows on the shard is given up for good when the floor is missed."""
+        if number in self.retried:
+            return
+        self.asked += 1
+        self.arrived += picture
+        enough = self.asked >= self.settings.yield_after
+        self.given_up |= enough and self.arrived < self.settings.min_yield * self.asked
 
 
 # -- the seams --------------------------------------------------------------------------------------------------------
@@ -103,22 +107,24 @@ class SortedWriter:
 
     def __init__(
         self, shard_id: int, output_folder: str, save_caption: bool, oom_shard_count: int, schema: Any,
-        encode_format: str, hashes: dict[int, tuple[str, str]] | None = None,
+        encode_format: str, arrivals: Arrivals | None = None,
     ) -> None:  # fmt: skip
         self.base, self.suffix = Path(output_folder) / shard_name(shard_id), encode_format
-        self.hashes = {} if hashes is None else hashes  # it fills while the shard is fetched
+        self.arrivals = arrivals  # it fills while the shard is fetched
         self.rows: dict[str, tuple[bytes | None, str, dict[str, Any]]] = {}
 
     def write(self, picture: bytes | None, key: str, caption: str, meta: dict[str, Any]) -> None:
         self.rows[key] = (picture, caption, meta)
+        if self.arrivals is not None and meta["error_message"] != GIVEN_UP:
+            self.arrivals.count(row_number(key), picture is not None)
 
     def close(self) -> None:
-        ledger = []
+        ledger, hashes = [], self.arrivals.hashes if self.arrivals is not None else {}
         with tarfile.open(self.base.with_suffix(".tar"), "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, (picture, caption, meta) in sorted(self.rows.items()):
                 reason = "" if picture is not None else str(meta["error_message"])
                 sizes = {name: meta[name] for name in SIZES}
-                came = dict(zip(HASHES, self.hashes.get(int(key[SHARD_DIGITS:]), (None, None)), strict=True))
+                came = dict(zip(HASHES, hashes.get(row_number(key), (None, None)), strict=True))
                 row = {"key": key, "url": meta["url"], "status": meta["status"], "reason": reason}
                 ledger.append({**row, **sizes, **came})
                 if picture is not None:
@@ -131,26 +137,25 @@ class SortedWriter:
         pq.write_table(table, self.base.with_suffix(".parquet"), compression="zstd")
 
 
+def row_number(key: str) -> int:
+    """The place in its shard of the row with this key."""
+    return int(key[SHARD_DIGITS:])
+
+
 class PixelResizer:
     """img2dataset's resizer seam: decodes with ldm.images, makes large pictures smaller, stores JPEG or PNG.
 
     A JPEG that may stay as it is keeps its bytes, without the notes in them.
     """
 
-    def __init__(self, settings: DownloadConfig, arrivals: Arrivals | None = None) -> None:
+    def __init__(self, settings: DownloadConfig) -> None:
         if settings.encode_format not in ENCODERS:
             expected = " or ".join(ENCODERS)
             raise ValueError(f"dataset.download.encode_format={settings.encode_format}; expected {expected}")
         self.settings, self.encode = settings, ENCODERS[settings.encode_format]
-        self.arrivals = arrivals or Arrivals(settings)
 
     def __call__(self, stream: io.BytesIO, bounding_boxes: Any = None) -> tuple[Any, ...]:
         """(bytes or None, width, height, original width, original height, reason or None)."""
-        answer = self._resized(stream)
-        self.arrivals.count(answer[0] is not None)
-        return answer
-
-    def _resized(self, stream: io.BytesIO) -> tuple[Any, ...]:
         try:
             small, original, as_it_came = decode_small(
                 stream.getvalue(), self.settings.image_size, max_pixels=self.settings.max_pixels
@@ -201,7 +206,6 @@ def fetching_with(fetcher: Fetcher, arrivals: Arrivals) -> Iterator[None]:
         try:
             body = fetcher.fetch(url)
         except FetchError as error:
-            arrivals.count(False)
             return number, None, error.reason
         arrivals.note(number, body)
         return number, io.BytesIO(body), None
@@ -234,7 +238,7 @@ def run_shard(job: Job, shard: int, ask: Ask | None = None) -> Record:
     rows = pq.read_table(job.inputs["filter_metadata"].data(f"{name}.parquet"), columns=["key", "url", "caption"])
     with job.output.attempt(shard, job.fingerprint) as attempt:
         base = attempt.path / name
-        arrivals, fetcher = Arrivals(settings), fetcher_of_process(settings, job.how.connect)
+        arrivals, fetcher = begin_count(job, shard), fetcher_of_process(settings, job.how.connect)
         if ask is not None:
             fetcher.share(ask)
         said = _download(rows, shard, attempt.path, settings, fetcher, arrivals)
@@ -245,14 +249,38 @@ def run_shard(job: Job, shard: int, ask: Ask | None = None) -> Record:
                 f"shard {name}: the server at dataset.connect={job.how.connect} has ended, expected it to answer until "
                 f"the end; nothing of the shard is committed. The same command starts it and goes on"
             )
-        asked, kept = rows.num_rows - dropped.pop(GIVEN_UP, 0), arrivals.arrived
-        if arrivals.given_up or kept < settings.min_yield * asked:
+        if arrivals.given_up:
+            del dropped[GIVEN_UP]
             raise YieldError(
-                f"shard {name}: {kept} of {asked} pictures arrived, fewer than dataset.download.min_yield="
-                f"{settings.min_yield}; reasons: {dict(dropped.most_common(4))}. Mend the cause, or lower the floor"
+                f"shard {name}: {arrivals.arrived} of {arrivals.asked} pictures arrived, fewer than dataset.download."
+                f"min_yield={settings.min_yield}; reasons: {dict(dropped.most_common(4))}. Mend the cause, or lower "
+                f"the floor: the same command with a lower dataset.download.min_yield goes on from here"
             )
+        end_count(job, arrivals)
+        kept = rows.num_rows - dropped.total()
         return attempt.commit(rows=rows.num_rows, samples=kept, dropped=dict(dropped),
                               inputs={f"filter_metadata/{name}": source.digest})
+
+
+def begin_count(job: Job, shard: int) -> Arrivals:
+    """The counts of a shard that begins; one of too few rows to be judged goes on where its worker left the last one.
+
+    They are kept in the worker and not on disk, so that a command that is given again judges only what it fetches.
+    """
+    retried, rows = set(), pq.ParquetFile(job.inputs["filter_metadata"].data(f"{shard_name(shard)}.parquet"))
+    if "retry_of" in rows.schema_arrow.names:
+        keys = rows.read(["retry_of"])["retry_of"].to_pylist()
+        retried = {number for number, key in enumerate(keys) if key is not None}
+    arrivals = Arrivals(job.what["dataset.download"], retried)
+    if rows.metadata.num_rows - len(retried) < arrivals.settings.yield_after:
+        arrivals.asked, arrivals.arrived = NOT_JUDGED.pop(str(job.output.path), (0, 0))
+    return arrivals
+
+
+def end_count(job: Job, arrivals: Arrivals) -> None:
+    """Keeps the counts of a shard that was too small to be judged for the next one."""
+    if arrivals.asked < arrivals.settings.yield_after:
+        NOT_JUDGED[str(job.output.path)] = arrivals.asked, arrivals.arrived
 
 
 def write_empty(job: Job, shard: int, folder: Path) -> dict[str, Any]:
@@ -278,7 +306,7 @@ def _download(
         writer.write_table(asked)
     key_digits = len(rows["key"][0].as_py()) - SHARD_DIGITS
     downloader = module.Downloader(
-        partial(SortedWriter, hashes=arrivals.hashes), PixelResizer(settings, arrivals), settings.threads, True, False,
+        partial(SortedWriter, arrivals=arrivals), PixelResizer(settings), settings.threads, True, False,
         str(folder), ["url", "caption"], settings.deadline_seconds, 10**key_digits, SHARD_DIGITS, None, None,
         settings.encode_format, 0, None, None,
     )  # fmt: skip

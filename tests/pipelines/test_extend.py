@@ -44,8 +44,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
     return compose([
         f"paths.outputs={folder}/outputs", f"dataset.source.metadata={folder}/*.parquet",
         f"dataset.source.columns={COLUMNS}", "dataset.filter_metadata.shard_samples=4", "dataset.sample_web=null",
-        "dataset.download.retries=0", "dataset.download.min_yield=0.0", "dataset.download.respect_robots=false",
-        *overrides,
+        "dataset.download.retries=0", "dataset.download.respect_robots=false", *overrides,
     ])  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def test_tar_ledger_and_claim_must_agree(tmp_path: Path, spoil: str) -> None:
 
 def test_a_yield_below_the_floor_stops_the_stage_and_commits_nothing(tmp_path: Path, address: str) -> None:
     urls = ["http://a.test/good", *(f"http://a.test/missing?{i}" for i in range(9))]
-    job = by_hand(tmp_path, urls, address, min_yield=0.2)
+    job = by_hand(tmp_path, urls, address, min_yield=0.2, yield_after=10)
     with pytest.raises(download.YieldError, match=r"1 of 10 .*min_yield=0.2; reasons: \{'http_404': 9\}"):
         download.run_shard(job, 0)
     assert job.output.record(0) is None
