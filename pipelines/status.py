@@ -17,10 +17,9 @@ from typing import Any
 
 from ldm.storage import StorageError, read
 from pipelines import quarantine
-from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, compose
 from pipelines.dag import Dag, check_places, reads
-from pipelines.manifest import StageFolder, StaleError, read_json
+from pipelines.manifest import StaleError
 from pipelines.summary import funnel_of
 
 WIDTH = 100  # of a line of reasons
@@ -38,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_places(config)
         print("\n".join(describe(config)))
         if removed:
+            from pipelines.removed import describe_removed
+
             print("\n".join(["", *describe_removed(config, Path(removed[-1]))]))
     except (ConfigError, FileNotFoundError, StorageError, ValueError) as error:
         print(f"\n{error}\n", file=sys.stderr)
@@ -99,52 +100,6 @@ def _wrapped(words: list[str]) -> list[str]:
             lines.append("")
         lines[-1] += f"{', ' if lines[-1] else ''}{word}"
     return [f"    {line}" for line in lines]
-
-
-# -- what must go -----------------------------------------------------------------------------------------------------
-def describe_removed(config: Config, path: Path) -> list[str]:
-    """Names the samples on a removal list and the checkpoints that saw them."""
-    from pipelines.selection import all_samples, is_removed, read_selection, removal_list
-
-    dag, epoch = Dag(config), 0
-    train = StageFolder(dag.home("train"), "train")
-    removed, found, trained = removal_list(path), [], []
-    for run in (None, *config.dataset.mixture):
-        metadata, images = (stage_folder(dag.home(stage, run), stage, config.cluster.cache)
-                            for stage in ("filter_metadata", "filter_images"))  # fmt: skip
-        of = f"@{run}" if run else ""
-        chosen = train / f"selection{of}.parquet"
-        masks = read_selection(chosen) if chosen.exists() else {}
-        for shard, table in all_samples(metadata, images, images.shards()):
-            here = is_removed(table, removed)
-            keys = [f"{key}{of}" for key in table["key"].to_pylist()]
-            found += [keys[i] for i in here.nonzero()[0]]
-            trained += [keys[i] for i in (here & masks[shard]).nonzero()[0]] if shard in masks else []
-        epoch += sum(int(mask.sum()) for mask in masks.values())
-    lines = [f"{path} names {len(found)} samples of this run{_some(found)}",
-             f"{len(trained)} of them are in the selection that train uses{_some(trained)}"]  # fmt: skip
-    return [*lines, *_checkpoints(train, epoch, bool(trained))]
-
-
-def _checkpoints(train: StageFolder, epoch: int, any_trained: bool) -> list[str]:
-    """A line for each checkpoint: the first epoch visits every sample once, so within it nobody can be sure."""
-    lines = []
-    for folder in sorted(train.path.glob("step-*/COMMITTED")):
-        seen = read_json(folder.parent / "manifest.json")["samples_seen"]
-        if not any_trained or not seen:
-            verdict = "saw none of them"
-        elif seen >= epoch:
-            verdict = "saw them"
-        else:
-            verdict = f"may have seen them: {seen:,} samples of a first epoch of {epoch:,}"
-        lines.append(f"  {folder.parent}: {verdict}")
-    if any_trained:
-        lines.append("dataset.selection.removed=FILE leaves them out of a new run (name=OTHER)")
-    return lines or ["there is no checkpoint"]
-
-
-def _some(keys: list[str]) -> str:
-    return f": {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" if keys else ""
 
 
 if __name__ == "__main__":

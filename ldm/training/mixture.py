@@ -14,7 +14,7 @@ position, as there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -37,6 +37,12 @@ class Deal:
         streams, ranks = self._arranged(number)
         stream = int(streams[at])
         return stream, number * int(self.shares[stream]) + int(ranks[at])
+
+    def unit(self, stream: int, rank: int) -> int:
+        """`locate` the other way round: the unit that is a stream's, so many of its units having come before."""
+        number, within = divmod(rank, int(self.shares[stream]))
+        streams, ranks = self._arranged(number)
+        return number * self.block + np.flatnonzero((streams == stream) & (ranks == within)).item()
 
     def _arrange(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The streams of a block's units, and each unit's rank among those of its stream."""
@@ -112,3 +118,11 @@ class MixedOrder:
         shape, number = self.batches.locate(batch)
         cache, at = self.deals[shape].locate(number * self.batch_size + within)
         return self.streams[shape][cache].locate(at)
+
+    def visits(self, shard: int, place: int) -> Iterator[int]:
+        """The positions of a sample, one in each epoch of its stream: `locate` the other way round."""
+        ((shape, cache),) = ((i, j) for i, orders in enumerate(self.streams) for j, order in enumerate(orders)
+                             if order.counts[shard])  # fmt: skip
+        for at in self.streams[shape][cache].visits(shard, place):
+            number, within = divmod(self.deals[shape].unit(cache, at), self.batch_size)
+            yield self.batches.unit(shape, number) * self.batch_size + within

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
@@ -73,6 +74,18 @@ class Order:
         if window is None or window.epoch != number or not window.start <= at < window.end:
             window = self._entered[lane] = self._window(number, lane, epoch.window(lane, at, self.window_shards))
         return window.shards.item(at - window.start), window.places.item(at - window.start)
+
+    def visits(self, shard: int, place: int) -> Iterator[int]:
+        """The positions of a sample, one in each epoch: `locate` the other way round. Each costs a window at most."""
+        for number in count():
+            epoch = self._epoch(number)
+            nth = epoch.shards.index(shard)
+            rows = shuffled(int(self.counts[shard]), *self.identity, "rows", number, shard)
+            at = epoch.begin(nth) + int(np.flatnonzero(rows == place).item())
+            lane = epoch.lane(at)
+            window = self._window(number, lane, epoch.window(lane, at, self.window_shards))
+            among = np.flatnonzero((window.shards == shard) & (window.places == place)).item()
+            yield (window.start + among - epoch.offsets[lane]) * self.lanes + lane
 
     def _make_epoch(self, number: int) -> _Epoch:
         used = np.flatnonzero(self.counts).astype(np.uint32)
@@ -125,6 +138,10 @@ class _Epoch:
     def piece(self, lane: int) -> tuple[int, int]:
         nth = self.nth[lane]
         return self.cuts[nth], self.cuts[nth + 1]
+
+    def lane(self, at: int) -> int:
+        """Which lane has the piece that a point of the line lies in."""
+        return self.nth.index(bisect_right(self.cuts, at) - 1)
 
     def place(self, at: int) -> int:
         """Which of the shuffled shards covers a point of the line."""

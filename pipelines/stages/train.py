@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ldm.config import AutoencoderSettings
 from pipelines import cluster, rewind, stopping
 from pipelines.dag import Job, weights_path
 from pipelines.journal import Journal, journal_path
-from pipelines.manifest import Record, edition_digest, sha256_file, write_whole
+from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file, write_whole
 from pipelines.selection import REASONS, all_samples, read_selection, reasons_file, select, write_selection
 from pipelines.training_set import (
     Cache,
@@ -137,16 +138,20 @@ def train_data(job: Job, selections: dict[str, str]) -> TrainData:
     """What ldm.training needs to know of the latents: this run's own, mixed with others by weight if there are any."""
     from ldm.training.loader import mix
 
-    sets = [_cache_data(job, cache, selections[cache.name]) for cache in caches_of(job)]
+    used, sets = job.what["autoencoder"], []
+    for cache in caches_of(job):
+        selection, latents = job.output / cache.selection, cache.latents
+        sets.append(cache_data(latents, closed_records(latents), used, selection, selections[cache.name]))
     return mix(sets, [1.0, *job.what["dataset.mixture"].values()]) if len(sets) > 1 else sets[0]
 
 
-def _cache_data(job: Job, cache: Cache, selection: str) -> TrainData:
+def cache_data(
+    latents: StageFolder, records: dict[int, Record], autoencoder: AutoencoderSettings, selection: Path, digest: str
+) -> TrainData:
+    """The same of the latents in these records; a file of this digest says which of them are used."""
     from ldm.training.loader import TrainData
 
-    latents = cache.latents
-    masks, records = read_selection(job.output / cache.selection), closed_records(latents)
-    network = job.what["autoencoder"].network
+    masks, network = read_selection(selection), autoencoder.network
     infos, used = [], []
     for shard, record in records.items():
         tars = shard_infos(latents, record)
@@ -157,10 +162,10 @@ def _cache_data(job: Job, cache: Cache, selection: str) -> TrainData:
         shards=infos,
         used=used,
         edition=edition_digest([record.digest for record in records.values()]),
-        selection=selection,
+        selection=digest,
         field="moments.npy" if network.posterior == "kl" else "latent.npy",
         latent_shape=[network.latent_channels, *(2 * [side.pop()])],
-        scale_factor=job.what["autoencoder"].scale_factor,
+        scale_factor=autoencoder.scale_factor,
         shapes=bucket_shapes_of(infos, network),
         node_cache=latents.cache,
     )

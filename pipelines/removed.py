@@ -1,0 +1,368 @@
+"""Which checkpoints saw samples that must go, and which did not.
+
+A checkpoint saw a sample when the sample has a position in the order of training that lies before the checkpoint and
+was not left out on purpose. That order is a pure function of what the checkpoint's config.json and its training's
+selection say; it is asked for each sample by itself, a few milliseconds each, so the answer is exact at any size. Where
+something of it is gone the checkpoint must be taken to have seen all of them, and why is said.
+
+Asked about is every training in the folder of runs that read these latents, by their digests: so those of runs that
+have them by paths.reuse or dataset.mixture are found too, with checkpoints that were set aside, and with those of
+trainings that began (training.start_from) from a checkpoint that saw a sample. Batches that were left out because their
+loss was no number count as seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm.config import AutoencoderSettings
+from ldm.shards import read_index
+from pipelines.bucket import stage_folder
+from pipelines.config import Config, ConfigError, build
+from pipelines.dag import Dag
+from pipelines.manifest import Record, StageFolder, edition_digests, read_json, read_record, sha256_file
+
+if TYPE_CHECKING:
+    from ldm.training.loader import TrainData
+    from ldm.training.mixture import MixedOrder
+    from ldm.training.order import Order
+
+SHOWN = 8  # names on a line
+CHECKPOINT = re.compile(r"step-\d+")
+NO_EDITION: dict[str, Any] = {"edition": 0, "shards": []}  # of what is not closed yet
+
+
+class NotKnown(Exception):
+    """The order in which a training saw its samples cannot be computed any more; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample that must go."""
+
+    of: str  # "" of the run that was asked about, "@photos" of one that it mixes in
+    shard: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.key}{self.of}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself."""
+
+    path: Path
+    training: Path  # the stage's folder that it lies in
+    seen: int
+    left_out: tuple[tuple[int, int], ...]  # positions that were skipped on purpose, [a, b)
+    settings: dict[str, Any]  # of training
+    data: dict[str, Any]  # edition and selection
+    weights: str | None  # sha256 of its ema.safetensors
+
+
+@dataclass
+class Verdict:
+    """What a checkpoint saw of the samples that must go."""
+
+    seen: set[str] = field(default_factory=set)
+    unsure: list[str] = field(default_factory=list)  # why it must be taken to have seen all of them
+    notes: list[str] = field(default_factory=list)
+    asked: bool = False  # whether it was trained on any of these latents
+
+    def __str__(self) -> str:
+        words = [f"must be taken to have seen them: {why}" for why in self.unsure]
+        if not words:
+            words = [f"saw {len(self.seen)} of them{_some(self.seen)}" if self.seen else "saw none of them"]
+        return "; ".join([*words, *self.notes])
+
+
+# -- the command's part -------------------------------------------------------------------------------------------
+def describe_removed(config: Config, path: Path) -> list[str]:
+    """Names the samples on a removal list and the checkpoints that saw them."""
+    from pipelines.selection import removal_list
+
+    dag, removed = Dag(config), removal_list(path)
+    runs = [None, *config.dataset.mixture]
+    samples, trained = find_samples(dag, runs, removed)
+    search = Search(dag, runs, samples)
+    lines = [f"{path} names {len(samples)} samples of this run{_some(samples)}",
+             f"{len(trained)} of them are in the selection that train uses{_some(trained)}"]  # fmt: skip
+    if held := search.held_out(dag.home("train")):
+        lines.append(f"{len(held)} of them are held out, so that no weight learns from them{_some(held)}")
+    said = [f"  {checkpoint.path}: {verdict}" for checkpoint, verdict in search.answers(dag.home("train"))]
+    lines += said or ["there is no checkpoint"]
+    why = "trained on the pictures themselves, before any selection"
+    lines += [f"  {place}: must be taken to have seen them: {why}" for place in search.autoencoders() if samples]
+    lines.append(f"asked: every training in {dag.run_folder.parent}; copies that lie elsewhere are not known here")
+    return [*lines, "dataset.selection.removed=FILE leaves them out of a new run (name=OTHER)"] if samples else lines
+
+
+def find_samples(dag: Dag, runs: list[str | None], removed: set[str]) -> tuple[list[Sample], list[Sample]]:
+    """(samples that are named, those of them that this run's own training selected), in the order of their keys."""
+    from pipelines.selection import all_samples, is_removed, read_selection
+
+    found, trained = [], []
+    for run in runs:
+        of = f"@{run}" if run else ""
+        metadata, images = (folder_of(dag, stage, run) for stage in ("filter_metadata", "filter_images"))
+        chosen = dag.home("train") / f"selection{of}.parquet"
+        masks = read_selection(chosen) if chosen.exists() else {}
+        for shard, table in all_samples(metadata, images, images.shards()):
+            here = np.flatnonzero(is_removed(table, removed))
+            named = [Sample(of, shard, key) for key in table["key"].take(here).to_pylist()]
+            found += named
+            if shard in masks:
+                trained += [sample for sample, used in zip(named, masks[shard][here], strict=True) if used]
+    return found, trained
+
+
+def folder_of(dag: Dag, stage: str, run: str | None) -> StageFolder:
+    return stage_folder(dag.home(stage, run), stage, dag.config.cluster.cache)
+
+
+def _some(names: Iterable[Any]) -> str:
+    shown = sorted(map(str, names))
+    return f": {', '.join(shown[:SHOWN])}{' ...' if len(shown) > SHOWN else ''}" if shown else ""
+
+
+# -- the order of one training ------------------------------------------------------------------------------------
+class Way:
+    """The order in which a training saw its samples."""
+
+    def __init__(self, trained: TrainData, held: TrainData | None, order: Order | MixedOrder) -> None:
+        self.trained, self.held, self.order = trained, held, order
+        self.tars = {True: _tars(trained), False: _tars(held) if held else {}}
+
+    def first_visits(
+        self, samples: dict[tuple[int, int], list[str]], left_out: tuple[tuple[int, int], ...]
+    ) -> dict[str, int]:
+        """Key -> the first position of each sample that was not left out, of those that are trained on.
+
+        Samples are given by (cache, shard).
+        """
+        found = {}
+        for place, keys in samples.items():
+            for tar, key, among in self._places(self.trained, self.tars[True].get(place, ()), keys):
+                visits = self.order.visits(tar, among)
+                found[key] = next(at for at in visits if not any(a <= at < b for a, b in left_out))
+        return found
+
+    def held_out(self, samples: dict[tuple[int, int], list[str]]) -> list[str]:
+        """The keys of those that are used, but held out."""
+        return [key for place, keys in samples.items() if self.held is not None
+                for _, key, _ in self._places(self.held, self.tars[False].get(place, ()), keys)]  # fmt: skip
+
+    def _places(self, data: TrainData, tars: Iterable[int], keys: list[str]) -> list[tuple[int, str, int]]:
+        """(tar, key, place among those in use) of the samples that are in use."""
+        found = []
+        for tar in tars:
+            info, bits = data.shards[tar], data.used[tar]
+            rows = {key: row for row, key in enumerate(read_index(info, data.node_cache)["key"].tolist())}
+            used = np.ones(info.samples, bool)
+            if bits is not None:
+                used = np.unpackbits(np.frombuffer(bits, np.uint8), count=info.samples).astype(bool)
+            among = np.cumsum(used) - 1
+            found += [(tar, key, int(among[row])) for key in keys
+                      if (row := rows.get(key.encode())) is not None and used[row]]  # fmt: skip
+        return found
+
+
+def _tars(data: TrainData) -> dict[tuple[int, int], list[int]]:
+    """(cache, shard) -> the numbers of its tars."""
+    found = defaultdict(list)
+    for i, info in enumerate(data.shards):
+        found[data.caches[i] if data.caches else 0, int(Path(info.tar).stem)].append(i)
+    return found
+
+
+# -- every training -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Latents:
+    """An edition of the latents of a run that was asked about."""
+
+    of: str
+    folder: StageFolder
+    edition: int
+    digest: str
+
+
+class Search:
+    """All checkpoints of a folder of runs, held against the samples that must go."""
+
+    def __init__(self, dag: Dag, runs: list[str | None], samples: list[Sample]) -> None:
+        self.dag, self.samples = dag, samples
+        self.latents = defaultdict[str, list[Latents]](list)  # by digest; runs may have made the same
+        for run in runs:
+            for known in self._editions(run):
+                self.latents[known.digest].append(known)
+        self.downloads = {digest for run in runs
+                          for digest in edition_digests(folder_of(dag, "download", run).manifest() or NO_EDITION)}
+        outputs = dag.run_folder.parent
+        found = [read_checkpoint(path, train) for train in sorted(outputs.glob("*/train"))
+                 for path in sorted([*train.glob("step-*"), *train.glob("aside/*/step-*")])
+                 if CHECKPOINT.fullmatch(path.name) and path.is_dir()]  # fmt: skip
+        self.checkpoints = {checkpoint.path.resolve(): checkpoint for checkpoint in found}
+        self.by_weights = {checkpoint.weights: checkpoint for checkpoint in found if checkpoint.weights}
+        self.verdicts: dict[Path, Verdict] = {}
+        self._way = lru_cache(maxsize=4)(self._make_way)
+        self._first = lru_cache(maxsize=16)(self._find_first)
+
+    def _editions(self, run: str | None) -> list[Latents]:
+        folder = folder_of(self.dag, "precompute_latents", run)
+        digests = edition_digests(folder.manifest() or NO_EDITION)
+        return [Latents(f"@{run}" if run else "", folder, i, digest) for i, digest in enumerate(digests, 1)]
+
+    def answers(self, own: Path) -> list[tuple[Checkpoint, Verdict]]:
+        """The run's own checkpoints, and those of others that have to do with its samples."""
+        said = [(checkpoint, self.verdict(checkpoint)) for checkpoint in self.checkpoints.values()]
+        return [(checkpoint, verdict) for checkpoint, verdict in said
+                if checkpoint.training == own or verdict.asked or verdict.seen or verdict.unsure]  # fmt: skip
+
+    def held_out(self, train: Path) -> list[str]:
+        """The samples that must go and that a training held out."""
+        known = [checkpoint for checkpoint in self.checkpoints.values() if checkpoint.data]
+        own = [checkpoint for checkpoint in known if checkpoint.training == train]
+        if not own:
+            return []
+        try:
+            way = self._way(*_way_key(own[-1]))
+        except NotKnown:
+            return []
+        return [f"{key}{of}" for cache, of in self._caches(own[-1].data["edition"])
+                for key in way.held_out(self._by_place(cache, of))]  # fmt: skip
+
+    def autoencoders(self) -> list[Path]:
+        """Autoencoders that were trained on these downloads, or are being trained."""
+        places = sorted(self.dag.run_folder.parent.glob("*/train_autoencoder"))
+        records = {place: read_record(place / "record.json") for place in places}
+        return [place for place, record in records.items()
+                if (record and record.inputs.get("download") in self.downloads)
+                or (place == self.dag.home("train_autoencoder") and (place / "state").exists())]  # fmt: skip
+
+    # -- one checkpoint ------------------------------------------------------------------------------------------
+    def verdict(self, checkpoint: Checkpoint) -> Verdict:
+        path = checkpoint.path.resolve()
+        if path not in self.verdicts:
+            self.verdicts[path] = Verdict()  # while it is being found out
+            self.verdicts[path] = self._find_verdict(checkpoint) if self.samples else Verdict()
+        return self.verdicts[path]
+
+    def _find_verdict(self, checkpoint: Checkpoint) -> Verdict:
+        verdict = Verdict()
+        if not checkpoint.data:
+            verdict.unsure.append("its manifest.json or config.json cannot be read")
+            return verdict
+        verdict.asked = bool(self._caches(checkpoint.data["edition"]))
+        try:
+            asked = verdict.asked and checkpoint.seen
+            first = self._first(*_way_key(checkpoint), checkpoint.left_out) if asked else {}
+            verdict.seen |= {name for name, position in first.items() if position < checkpoint.seen}
+        except NotKnown as why:
+            verdict.unsure.append(str(why))
+        self._inherit(checkpoint, verdict)
+        return verdict
+
+    def _inherit(self, checkpoint: Checkpoint, verdict: Verdict) -> None:
+        """Adds what was seen by the weights that a training began from."""
+        start = checkpoint.settings.get("start_from")
+        if start is None:
+            return
+        parent = self.checkpoints.get(Path(start).parent.resolve())
+        if parent is None and Path(start).is_file():
+            parent = self.by_weights.get(sha256_file(start))
+            if parent is None:
+                verdict.notes.append(f"began from {start}, which is of no training here: ask where it was made")
+        elif parent is None:
+            verdict.unsure.append(f"began from {start}, which is gone")
+        if parent is not None and ((known := self.verdict(parent)).seen or known.unsure):
+            verdict.seen |= known.seen
+            verdict.unsure += known.unsure
+            verdict.notes.append(f"began from {parent.path}")
+
+    def _caches(self, editions: str) -> list[tuple[int, str]]:
+        """Which of the caches that are trained on are among those that were asked about: (number, whose)."""
+        return [(i, known.of) for i, digest in enumerate(editions.split()) for known in self.latents.get(digest, ())]
+
+    def _by_place(self, cache: int, of: str) -> dict[tuple[int, int], list[str]]:
+        found = defaultdict(list)
+        for sample in self.samples:
+            if sample.of == of:
+                found[cache, sample.shard].append(sample.key)
+        return found
+
+    # -- one training --------------------------------------------------------------------------------------------
+    def _find_first(self, train: Path, editions: str, selections: str, settings: tuple[int, ...],
+                    left_out: tuple[tuple[int, int], ...]) -> dict[str, int]:  # fmt: skip
+        """Name of each sample that this training sees -> its first position."""
+        way, first = self._way(train, editions, selections, settings), {}
+        for cache, of in self._caches(editions):
+            for key, position in way.first_visits(self._by_place(cache, of), left_out).items():
+                first[f"{key}{of}"] = min(position, first.get(f"{key}{of}", position))
+        return first
+
+    def _make_way(self, train: Path, editions: str, selections: str, settings: tuple[int, ...]) -> Way:
+        """Raises NotKnown where latents, selection or plan are not any more what was trained on."""
+        from ldm.training.loader import hold_out, mix, order_of
+        from pipelines.stages.train import cache_data
+
+        plan = StageFolder(train, "train").read_plan()
+        if plan is None:
+            raise NotKnown(f"{train / 'plan.json'} is gone")
+        mixture = plan["what"].get("dataset.mixture", {})
+        try:
+            used = build(AutoencoderSettings, plan["what"]["autoencoder"])
+        except ConfigError as error:
+            raise NotKnown(f"{train / 'plan.json'} is of another version: {error}") from error
+        sets = []
+        for name, digest, selection in zip(["", *mixture], editions.split(), selections.split(), strict=False):
+            latents, records = self._records(digest, name or train.parent.name)
+            path = train / f"selection{f'@{name}' if name else ''}.parquet"
+            if not path.exists() or sha256_file(path) != selection:
+                raise NotKnown(f"{path} is not the selection that it was trained by")
+            sets.append(cache_data(latents, records, used, path, selection))
+        data = mix(sets, [1.0, *mixture.values()]) if len(sets) > 1 else sets[0]
+        if (data.edition, data.selection) != (editions, selections):
+            raise NotKnown(f"what {train} was trained on is not what its plan and the latents of now say")
+        held_out, seed, lanes, window_shards, batch_size = settings
+        trained, held = hold_out(data, held_out)
+        return Way(trained, held, order_of(trained, seed, lanes, window_shards, batch_size))
+
+    def _records(self, digest: str, run: str) -> tuple[StageFolder, dict[int, Record]]:
+        """The latents of an edition, wherever they lie: among those that were asked about, or in the run's own."""
+        same = self.latents.get(digest) or [known for known in self._editions(run) if known.digest == digest]
+        if not same:
+            raise NotKnown(f"the latents of {run} are not any more those that it was trained on ({digest[:12]})")
+        known = same[0]
+        manifest, committed = known.folder.manifest(), known.folder.committed()
+        listed = [row["shard"] for row in manifest["shards"] if row["edition"] <= known.edition]
+        if missing := [shard for shard in listed if shard not in committed]:
+            raise NotKnown(f"{known.folder.path} has no record of shard {missing[0]} any more")
+        return known.folder, {shard: committed[shard] for shard in listed}
+
+
+def read_checkpoint(path: Path, training: Path) -> Checkpoint:
+    """A checkpoint's own account; one that cannot be read has no data, and is suspected of everything."""
+    try:
+        manifest, config = read_json(path / "manifest.json"), read_json(path / "config.json")
+        skipped = (entry["skipped_samples"] for entry in manifest.get("history", []) if "skipped_samples" in entry)
+        weights = manifest.get("files", {}).get("ema.safetensors", {}).get("sha256")
+        return Checkpoint(path, training, manifest["samples_seen"], tuple((a, b) for a, b in skipped),
+                          config["settings"]["training"], config["data"], weights)  # fmt: skip
+    except (FileNotFoundError, ValueError, KeyError):
+        return Checkpoint(path, training, 0, (), {}, {}, None)
+
+
+def _way_key(checkpoint: Checkpoint) -> tuple[Path, str, str, tuple[int, ...]]:
+    """All that the order of a checkpoint's training depends on."""
+    names = ("held_out_shards", "seed", "lanes", "window_shards", "batch_size")
+    settings = tuple(checkpoint.settings[name] for name in names)
+    return checkpoint.training, checkpoint.data["edition"], checkpoint.data["selection"], settings
