@@ -33,7 +33,7 @@ def broken(folder: Path, address: str) -> tuple[Config, Dag, Job]:
     dag = finish(config, address)
     dag.statuses["download"].job.output.clear([1])
     job = connected(dag.statuses["download"].job, address)
-    floor = replace(job.what["dataset.download"], min_yield=0.5)
+    floor = replace(job.what["dataset.download"], min_yield=0.5, yield_after=4)
     return config, dag, replace(job, what={"dataset.download": floor})
 
 
