@@ -3,15 +3,21 @@
     python -m pipelines.plan +experiment=laion400m_1p45b
     python -m pipelines.plan +experiment=laion400m_1p45b cluster.train.workers=64 cluster.train.gpu.price_per_hour=3
 
-Nothing is read but the configuration, and no GPU is needed: the model is built without memory and run once.
+Nothing is read but the configuration, and no GPU is needed: the model is built without memory and run once. What
+cluster.train.run.deepspeed offloads is not counted.
+
+    python -m pipelines.plan +experiment=laion400m_1p45b +stage=precompute_latents
+
+encodes noise on this machine, which should be one of those that are to encode, and says which batch goes fastest there.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pipelines import plan_encoding
 from pipelines.config import Config, ConfigError, compose
 from pipelines.settings import GpuConfig
 
@@ -35,14 +41,12 @@ class Plan:
         from ldm.training.budget import memory
 
         train = self.config.cluster.train
-        return memory(
-            self.costs,
-            self.config.training,
-            train.run.zero_stage if zero_stage is None else zero_stage,
-            micro_batch_size or train.run.micro_batch_size,
-            train.workers,
-            train.run.activation_checkpointing,
+        run = replace(
+            train.run,
+            zero_stage=train.run.zero_stage if zero_stage is None else zero_stage,
+            micro_batch_size=micro_batch_size or train.run.micro_batch_size,
         )
+        return memory(self.costs, self.config.training, run, train.workers)
 
     @property
     def gpu_hours(self) -> float:
@@ -129,7 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        plan = make_plan(compose(normalise(overrides)))
+        config = compose(normalise(overrides))
+        if config.stage is not None and config.stage.name == "precompute_latents":
+            return plan_encoding.find_batch_size(config)
+        plan = make_plan(config)
     except (ConfigError, ValueError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import TrainingConfig, TrainSettings
+from ldm.config import TrainingConfig, TrainingRunConfig, TrainSettings
 from ldm.models.attention import AttentionBlock, SpatialTransformer
 from ldm.models.blocks import ResBlock
 from ldm.models.denoiser import Denoiser, make_denoiser
@@ -137,30 +137,41 @@ class _Kept:
         self.blocks[-1] += self.bytes
 
 
-def memory(
-    costs: ModelCosts,
-    training: TrainingConfig,
-    zero_stage: int,
-    micro_batch_size: int,
-    world_size: int,
-    activation_checkpointing: bool,
-) -> Memory:
+def memory(costs: ModelCosts, training: TrainingConfig, how: TrainingRunConfig, world_size: int) -> Memory:
     """What each of `world_size` GPUs holds while it trains.
 
     float32 at stage 0 updates the weights themselves; from stage 1 on each process has its share of float32 weights
-    beside those that the model computes with. bf16_autocast keeps weights in float32 and half of the activations. What
-    is frozen stays whole and in float32 on every GPU.
+    beside those that the model computes with. bf16_autocast keeps weights in float32 and half of the activations; bf16
+    sums its gradients in float32. What is frozen stays whole and in float32 on every GPU. What DeepSpeed's keys offload
+    counts nothing: the optimizer takes the averages with it, and at stage 3 the gradients.
     """
-    n, share = costs.trained, 1 / world_size
+    n, share, stage = costs.trained, 1 / world_size, how.zero_stage
     width = 2 if training.precision in ("bf16", "fp16") else 4
-    activations = costs.checkpointed_bytes if activation_checkpointing else costs.activation_bytes
+    optimizer_is_here = stage == 0 or not offloaded(how, "offload_optimizer")
+    weights_are_here = stage < 3 or not offloaded(how, "offload_param")
+    activations = costs.checkpointed_bytes if how.activation_checkpointing else costs.activation_bytes
+    gradients = _gradient_width(training, how) * n * (share if stage >= 2 else 1)
     return Memory(
-        weights=width * n * (share if zero_stage == 3 else 1) + 4 * costs.frozen,
-        gradients=width * n * (share if zero_stage >= 2 else 1),
-        optimizer=8 * n if zero_stage == 0 else 12 * n * share,
-        average=4 * costs.averaged * (share if zero_stage else 1),
-        activations=activations * micro_batch_size * (1 if training.precision == "float32" else 0.5),
+        weights=weights_are_here * width * n * (share if stage == 3 else 1) + 4 * costs.frozen,
+        gradients=gradients if stage < 3 or optimizer_is_here else 0.0,
+        optimizer=optimizer_is_here * (8 * n if stage == 0 else 12 * n * share),
+        average=optimizer_is_here * 4 * costs.averaged * (share if stage else 1),
+        activations=activations * how.micro_batch_size * (1 if training.precision == "float32" else 0.5),
     )
+
+
+def offloaded(how: TrainingRunConfig, part: str) -> bool:
+    """Whether DeepSpeed's keys put "offload_optimizer" or "offload_param" beside the GPU."""
+    zero: Any = how.deepspeed.get("zero_optimization") or {}
+    return (zero.get(part) or {}).get("device", "none") != "none"
+
+
+def _gradient_width(training: TrainingConfig, how: TrainingRunConfig) -> int:
+    """Bytes of each number in the sum of gradients, which DeepSpeed's keys may make bf16."""
+    if training.precision == "fp16":
+        return 2
+    types: Any = how.deepspeed.get("data_types") or {}
+    return 2 if training.precision == "bf16" and types.get("grad_accum_dtype") == "bf16" else 4
 
 
 def gpu_seconds(costs: ModelCosts, training: TrainingConfig, peak_flops: float, mfu: float) -> float:

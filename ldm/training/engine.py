@@ -104,18 +104,30 @@ def accumulation(batch_size: int, micro_batch_size: int, world_size: int) -> int
     """Micro batches of each process in a step. Raises ValueError, naming what fits, where they do not come out even."""
     if batch_size % world_size:
         low = batch_size // world_size * world_size
+        sizes = divisors(batch_size)
+        nearest = [max(n for n in sizes if n < world_size), *[n for n in sizes if n > world_size][:1]]
+        fit = " and ".join(
+            f"cluster.train.workers={n} with cluster.train.run.micro_batch_size="
+            f"{max(m for m in divisors(batch_size // n) if m <= max(1, micro_batch_size))}"
+            for n in nearest
+        )
         raise ValueError(
-            f"training.batch_size is {batch_size}, which {world_size} processes cannot share equally; "
-            f"the nearest that fit are {' and '.join(str(n) for n in (low, low + world_size) if n)}"
+            f"training.batch_size is {batch_size}, which {world_size} processes cannot share equally; the nearest "
+            f"numbers of processes that can: {fit}; the nearest batch sizes, for a new run: "
+            f"{' and '.join(str(n) for n in (low, low + world_size) if n)}"
         )
     share = batch_size // world_size
     if share % micro_batch_size:
-        fit = [n for n in range(1, share + 1) if share % n == 0]
+        fit = divisors(share)
         raise ValueError(
             f"cluster.train.run.micro_batch_size is {micro_batch_size}, which does not divide the {share} samples that "
             f"each of {world_size} processes has of a batch; these do: {', '.join(map(str, fit))}"
         )
     return share // micro_batch_size
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: World) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
         zero |= {"overlap_comm": False}
         if how.zero_stage < 3:
             zero |= {"contiguous_gradients": False, "reduce_scatter": False}
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": how.micro_batch_size,
         "gradient_accumulation_steps": accumulation(training.batch_size, how.micro_batch_size, world.world_size),
         # At stage 0 update() clips by itself: DeepSpeed would divide by a norm that is not finite.
@@ -150,10 +162,22 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
         "bf16": {"enabled": training.precision == "bf16"},
         # The loss is multiplied by a power of two, so that small gradients are not lost; it is halved at once when they
         # overflow, and doubled after a thousand steps without.
-        "fp16": {"enabled": training.precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000,
-                 "hysteresis": 1, "min_loss_scale": 1},
+        "fp16": {
+            "enabled": training.precision == "fp16",
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        },
         "torch_autocast": {"enabled": training.precision == "bf16_autocast", "dtype": "bfloat16"},
     }
+    if training.precision == "bf16":
+        # A number of bf16 has eight bits: in a sum of forty like it, it would keep three.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if how.zero_stage == 1:
+            # Processes exchange the sums, once a step: these are not rounded for it, and no gradient stays in bf16 too.
+            config["communication_data_type"] = "fp32"
+            config["bf16"] = {"enabled": True, "immediate_grad_update": True}
     return _merged(config, how.deepspeed, "")
 
 
@@ -320,7 +344,8 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """What the module's state has besides trained weights."""
-        return {name: x.cpu() for name, x in self.module.state_dict().items() if name not in self.parameters}
+        state = self.module.state_dict().items()
+        return {name: x.detach().cpu().clone() for name, x in state if name not in self.parameters}
 
     def _buckets(self, elements: int) -> Iterator[list[str]]:
         names: list[str] = []

@@ -78,12 +78,24 @@ def plain(network: nn.Module, numbers: range) -> list[tuple[float, float]]:
 # ---- settings ----------------------------------------------------------------------------------------------
 def test_batches_come_out_even_or_are_refused() -> None:
     assert accumulation(680, 17, 8) == 5 and accumulation(8, 8, 1) == 1
-    with pytest.raises(ValueError, match="batch_size is 681, which 8 .* nearest that fit are 680 and 688"):
+    with pytest.raises(ValueError, match="batch_size is 681, which 8 .* for a new run: 680 and 688"):
         accumulation(681, 17, 8)
-    with pytest.raises(ValueError, match="batch_size is 3, which 8 .* nearest that fit are 8"):
+    with pytest.raises(ValueError, match="batch_size is 3, which 8 .* for a new run: 8"):
         accumulation(3, 1, 8)
     with pytest.raises(ValueError, match="micro_batch_size is 16, .* 85 samples .* these do: 1, 5, 17, 85"):
         accumulation(680, 16, 8)
+
+
+def test_a_number_of_processes_that_does_not_fit_names_the_nearest_that_do() -> None:
+    """A run that goes on keeps its batch: what it may change is how many share it, and how much at a time."""
+    with pytest.raises(ValueError) as error:
+        accumulation(680, 17, 16)
+    named = [(10, 17), (17, 10)]  # 68 samples each, or 40: of those shares the largest parts up to 17
+    for processes_, micro in named:
+        assert f"workers={processes_} with cluster.train.run.micro_batch_size={micro}" in str(error.value)
+        assert 680 // processes_ % micro == 0 and accumulation(680, micro, processes_)
+    with pytest.raises(ValueError, match=r"can: cluster.train.workers=3 with .*_size=1; the nearest batch sizes"):
+        accumulation(3, 2, 8)  # no more than one sample each
 
 
 def test_further_keys_reach_deepspeed_and_ours_cannot_be_contradicted() -> None:
@@ -110,15 +122,72 @@ def test_precisions_that_do_not_exist_or_fit_are_refused() -> None:
         deepspeed_config(replace(TRAINING, precision="bf16"), run, ALONE)
 
 
+# ---- many micro batches in bf16 ---------------------------------------------------------------------------
+MICRO_BATCHES = 40
+
+
+def whole_batch() -> Tensor:
+    return torch.randn(MICRO_BATCHES, 4, 6, 6, generator=torch.Generator().manual_seed(SEED))
+
+
+def micro_batch_loss(network: Any, z: Tensor) -> Tensor:
+    return (network(z.bfloat16(), torch.zeros(len(z), dtype=torch.int64), {}).float() - z.flip(1)).square().mean()
+
+
+def summed(stage: int, deepspeed: dict[str, Any]) -> dict[str, Tensor]:
+    """The gradient of one step of forty micro batches, from the first average that AdamW makes of it."""
+    world = join()
+    torch.manual_seed(SEED)
+    training = replace(TRAINING, batch_size=MICRO_BATCHES, precision="bf16", gradient_clipping=None)
+    engine = Engine(Network(), training, replace(RUN, micro_batch_size=1, zero_stage=stage, deepspeed=deepspeed), world)
+    for z in whole_batch()[world.rank :: world.world_size].split(1):
+        engine.backward(micro_batch_loss(engine, z))
+    engine.update(1e-2)
+    whole = engine.gather(engine.states(), "exp_avg")
+    return {name: x / (1 - TRAINING.beta1) for name, x in (whole or {}).items() if name != "idle"}
+
+
+def error_of(found: dict[str, Tensor]) -> float:
+    """Of a gradient, as a share of the one that plain PyTorch finds in the same micro batches and sums in float64."""
+    torch.manual_seed(SEED)
+    network = Network().bfloat16()
+    parameters = {name: p for name, p in network.named_parameters() if name != "idle"}
+    expected = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in parameters.items()}
+    for z in whole_batch().split(1):
+        micro_batch_loss(network, z).div(MICRO_BATCHES).backward()
+        for name, p in parameters.items():
+            expected[name] += p.grad
+        network.zero_grad()
+    error = sum((found[name] - x).square().sum() for name, x in expected.items())
+    return math.sqrt(error / sum(x.square().sum() for x in expected.values()))
+
+
+@pytest.mark.parametrize(("stage", "world_size", "offload"), [
+    (1, 2, "none"),
+    *(pytest.param(stage, 1, offload, marks=pytest.mark.slow)
+      for stage, offload in ((2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu"))),
+])  # fmt: skip
+def test_forty_micro_batches_in_bf16_are_summed_in_float32(stage: int, world_size: int, offload: str) -> None:
+    deepspeed = {"zero_optimization": {"offload_optimizer": {"device": offload}}}
+    assert error_of(processes.run(summed, stage, deepspeed, world_size=world_size)[0]) < 1e-6
+
+
+def test_who_asks_for_sums_in_bf16_has_them() -> None:
+    (found,) = processes.run(summed, 1, {"data_types": {"grad_accum_dtype": "bf16"}})
+    error = error_of(found)
+    print(f"sums in bf16 are {error:.2%} off")
+    assert error > 1e-3
+
+
 # ---- a gradient that is no number --------------------------------------------------------------------------
-def poison(stage: int) -> tuple[str, bool, float]:
+def poison(stage: int, precision: str) -> tuple[str, bool, float]:
     """(message, whether the weights stayed, norm of a good step after it)"""
-    engine = make(join(), BATCH, zero_stage=stage)
+    engine = make(join(), BATCH, precision=precision, zero_stage=stage)
     steps(engine, range(2))
     before = engine.gather(engine.stretches())
     z = samples(2)
     # The loss is finite, its gradient is not: sqrt at 0.
-    loss = (engine(z, torch.arange(BATCH), {}) * 0).sum().abs().sqrt()
+    loss = (engine(z, torch.arange(BATCH), {}).float() * 0).sum().abs().sqrt()
     engine.backward(loss)
     try:
         engine.update(1e-2)
@@ -131,9 +200,13 @@ def poison(stage: int) -> tuple[str, bool, float]:
     return message, same, steps(engine, range(3, 4))[0][1]
 
 
-@pytest.mark.parametrize("stage", [0, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
-def test_a_gradient_that_is_no_number_never_reaches_the_weights(stage: int) -> None:
-    (result,) = processes.run(poison, stage)
+@pytest.mark.parametrize(("stage", "precision"), [
+    (0, "float32"), (1, "float32"), (1, "bf16"),
+    *(pytest.param(stage, precision, marks=pytest.mark.slow)
+      for stage in (2, 3) for precision in ("float32", "bf16")),
+])  # fmt: skip
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(stage: int, precision: str) -> None:
+    (result,) = processes.run(poison, stage, precision)
     message, same, norm = result
     assert "the gradient's norm is" in message and same and math.isfinite(norm)
 
