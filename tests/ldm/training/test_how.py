@@ -16,6 +16,9 @@ from tests.ldm.training.test_train import work
 from tests.ldm.training.tiny import RUN, TRAINING, settings, write_data
 
 OPTIMIZER = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+# What a GPU takes by default: gradients copied into buckets, small ones here so that there are several, and each bucket
+# handed to those who own its parts.
+BUCKETS = {"contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 260}
 WEIGHTS = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
 
 
@@ -40,6 +43,18 @@ def run(home: Path, how: dict[str, Any]) -> dict[str, Any]:
     *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, OPTIMIZER), (3, OPTIMIZER), (3, WEIGHTS))),
 ])  # fmt: skip
 def test_with_the_optimizer_on_the_processor(tmp_path: Path, stage: int, deepspeed: dict[str, Any]) -> None:
+    results = processes.run(run, tmp_path, {"zero_stage": stage, "deepspeed": deepspeed}, world_size=2)
+    assert not isinstance(results[0], Exception), results[0]
+    check_same(results, *reference())
+    assert all(result["again"] == result["steps"][STEPS // 2 :] for result in results)
+
+
+@pytest.mark.parametrize(("stage", "overlap_comm"), [
+    (2, False),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, False), (1, True), (2, True))),
+])  # fmt: skip
+def test_with_the_buckets_of_a_gpu(tmp_path: Path, stage: int, overlap_comm: bool) -> None:
+    deepspeed = {"zero_optimization": {**BUCKETS, "overlap_comm": overlap_comm}}
     results = processes.run(run, tmp_path, {"zero_stage": stage, "deepspeed": deepspeed}, world_size=2)
     assert not isinstance(results[0], Exception), results[0]
     check_same(results, *reference())
