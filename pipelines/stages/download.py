@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from ldm.images import ImageError, decode_small, encode_jpeg, encode_png, without_notes
+from ldm.images import WHITE, ImageError, decode_small, encode_jpeg, encode_png, without_notes
 from ldm.shards import iterate_tar
 from pipelines.budgets import Ask, HostBudgets
 from pipelines.dag import Job
@@ -259,7 +259,8 @@ def run_shard(job: Job, shard: int, ask: Ask | None = None) -> Record:
         end_count(job, arrivals)
         kept = rows.num_rows - dropped.total()
         return attempt.commit(rows=rows.num_rows, samples=kept, dropped=dict(dropped),
-                              inputs={f"filter_metadata/{name}": source.digest})
+                              inputs={f"filter_metadata/{name}": source.digest},
+                              facts={"background": list(WHITE)})
 
 
 def begin_count(job: Job, shard: int) -> Arrivals:

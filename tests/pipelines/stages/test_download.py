@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm.images import decode_rgb, encode_jpeg, encode_png, resize_shorter
+from ldm.images import WHITE, decode_rgb, encode_jpeg, encode_png, resize_shorter
 from pipelines.config import CONF, DatasetConfig, compose
 from pipelines.dag import Dag, Job, connected
 from pipelines.manifest import Record, StageFolder
@@ -88,6 +88,10 @@ def test_the_folder_holds_a_tar_a_ledger_and_a_record_for_each_shard_and_nothing
     folder, suffixes = web.job.output.path, ("tar", "parquet", "json")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert found == {f"{shard:06d}.{suffix}" for shard in range(len(web.records)) for suffix in suffixes}
+
+
+def test_the_record_says_what_transparent_pictures_were_laid_over(web: Downloaded) -> None:
+    assert {tuple(record.facts["background"]) for record in web.records} == {WHITE}
 
 
 def test_the_ledger_has_every_row_and_the_tar_every_success(web: Downloaded) -> None:
