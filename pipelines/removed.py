@@ -214,6 +214,8 @@ class Search:
         self.checkpoints = {checkpoint.path.resolve(): checkpoint for checkpoint in found}
         self.by_weights = {checkpoint.weights: checkpoint for checkpoint in found if checkpoint.weights}
         self.verdicts: dict[Path, Verdict] = {}
+        self._anywhere = lru_cache(self._find_anywhere)
+        self._sha256 = lru_cache(sha256_file)  # of weights that many checkpoints began from
         self._way = lru_cache(maxsize=4)(self._make_way)
         self._first = lru_cache(maxsize=16)(self._find_first)
 
@@ -221,6 +223,12 @@ class Search:
         folder = folder_of(self.dag, "precompute_latents", run)
         digests = edition_digests(folder.manifest() or NO_EDITION)
         return [Latents(f"@{run}" if run else "", folder, i, digest) for i, digest in enumerate(digests, 1)]
+
+    def _find_anywhere(self) -> set[str]:
+        """The digests of all latents that there are, of any run."""
+        runs = [path.name for path in self.dag.run_folder.parent.iterdir() if path.is_dir()]
+        others = {known.digest for run in runs for known in self._editions(run)}
+        return others | self.latents.keys()
 
     def answers(self, own: Path) -> list[tuple[Checkpoint, Verdict]]:
         """The run's own checkpoints, and those of others that have to do with its samples."""
@@ -263,8 +271,12 @@ class Search:
             verdict.unsure.append("its manifest.json or config.json cannot be read")
             return verdict
         verdict.asked = bool(self._caches(checkpoint.data["edition"]))
+        gone = [digest for digest in checkpoint.data["edition"].split() if digest not in self._anywhere()]
+        if gone and checkpoint.seen:
+            outputs = self.dag.run_folder.parent
+            verdict.unsure.append(f"the latents {gone[0][:12]} that it was trained on are of no run in {outputs} now")
         try:
-            asked = verdict.asked and checkpoint.seen
+            asked = verdict.asked and checkpoint.seen and not gone
             first = self._first(*_way_key(checkpoint), checkpoint.left_out) if asked else {}
             verdict.seen |= {name for name, position in first.items() if position < checkpoint.seen}
         except NotKnown as why:
@@ -279,7 +291,7 @@ class Search:
             return
         parent = self.checkpoints.get(Path(start).parent.resolve())
         if parent is None and Path(start).is_file():
-            parent = self.by_weights.get(sha256_file(start))
+            parent = self.by_weights.get(self._sha256(start))
             if parent is None:
                 verdict.notes.append(f"began from {start}, which is of no training here: ask where it was made")
         elif parent is None:

@@ -157,7 +157,8 @@ def test_other_runs_on_these_latents_are_named_and_those_that_began_from_them(ou
     other_order = keys_by_position(other, other_data, 6)
     assert set(order) != set(other_order)
 
-    foreign = replace(data, edition=edition_digest(["of others"]))
+    apart = make_cache(outputs, *TRAINING, "name=apart", shards=2, rows=ROWS)  # what others train on
+    foreign = replace(data, edition=apart.statuses["precompute_latents"].digest)
     for name, start in (("child", own / "ema.safetensors"), ("apart", None), ("orphan", tmp_path / "gone.safetensors")):
         heir = replace(config, training=replace(config.training, start_from=start and str(start)))
         checkpoint(outputs / name / "train", 1, 8, heir, foreign)
@@ -206,10 +207,16 @@ def test_what_cannot_be_known_counts_as_seen(outputs: Path, tmp_path: Path) -> N
     (folder / "config.json").write_text(text[:40])
     assert "cannot be read" in answers(config, KEYS, tmp_path)["small/train/step-00000001"]
     (folder / "config.json").write_text(text)
-    (dag.home("train") / "selection.parquet").write_bytes(b"another")
-    shutil.move(dag.home("train") / "selection.parquet", tmp_path / "away")
+    (dag.home("train") / "selection.parquet").rename(tmp_path / "away")
     words = answers(config, KEYS, tmp_path)["small/train/step-00000001"]
     assert words.startswith("must be taken to have seen them") and "selection.parquet is not the selection" in words
+    (tmp_path / "away").rename(dag.home("train") / "selection.parquet")
+    again = replace(data, edition=edition_digest(["before they were made again"]))
+    checkpoint(dag.home("train"), 2, 2, config, again)
+    checkpoint(outputs / "other/train", 1, 2, config, again)
+    found = answers(config, KEYS, tmp_path)
+    assert found.pop("small/train/step-00000001").startswith("saw 2 of them") and len(found) == 2
+    assert all("are of no run in" in words and "must be taken to have seen them" in words for words in found.values())
 
 
 def test_an_autoencoder_that_was_trained_on_the_pictures_is_named(outputs: Path, tmp_path: Path) -> None:

@@ -240,13 +240,13 @@ def test_the_preset_of_laion_runs_on_stand_ins_for_its_files(job: Job, clip: Cli
     given = ["scores=laion", f"paths.outputs={tmp_path / 'outputs'}", f"dataset.filter_images.clip.model={clip.model}"]
     config = compose(given)
     with pytest.raises(ConfigError, match=r"clip.sha256 is null.*`sha256sum .*clip_vit_l_14_openai.safetensors`"):
-        check_scores(config.dataset.filter_images)
+        check_scores(config)
     files = {"clip": config.dataset.filter_images.clip, **config.dataset.filter_images.heads}
     hashes = {name: digest(Path(network.weights)) for name, network in files.items()}
     keys = {"clip": "clip", "aesthetic": "heads.aesthetic", "nsfw": "heads.nsfw"}
     given += [f"dataset.filter_images.{keys[name]}.sha256={sha256}" for name, sha256 in hashes.items()]
     config = compose([*given, "dataset.filter_images.min_size=40"])
-    check_scores(config.dataset.filter_images)
+    check_scores(config)
     assert Dag(config).fingerprints["filter_images"] != Dag(compose([])).fingerprints["filter_images"]
     scored = with_settings(job, config.dataset.filter_images)
     filter_images.run_shard(scored, 0)
@@ -286,6 +286,13 @@ def test_a_worker_computes_where_its_cluster_put_it_and_not_on_what_it_sees(
     assert device_of(replace(share, num_gpus=0), "filter_images") == torch.device("cpu")
     worker = filter_images.Worker(with_settings(job, replace(PLAIN, clip=clip)))  # cluster=local gives it no GPU
     assert worker.scorer.device == torch.device("cpu")
+
+
+def test_scoring_on_processors_beside_gpus_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    hashes = [f"dataset.filter_images.{key}.sha256=abc" for key in ("clip", "heads.aesthetic", "heads.nsfw")]
+    for machines in ("h100", "h100_scores", "local"):
+        check_scores(compose(["scores=laion", f"cluster={machines}", *hashes]))
+        assert ("scores are computed on processors" in capsys.readouterr().out) == (machines == "h100")
 
 
 def test_scoring_and_encoding_share_every_gpu_in_equal_parts() -> None:
