@@ -64,7 +64,12 @@ class Encoder:
 
     def _advice(self, image: Tensor) -> str:
         fitting = self._largest_fitting(image)
-        way = f"set batch_size={fitting}, which fits" if fitting else "not even one does: take a smaller resolution"
+        way = (
+            f"dataset.precompute_latents.batch_size={fitting} fits; python -m pipelines.plan +stage=precompute_latents, "
+            f"with the other arguments of this run, finds the fastest that does"
+            if fitting
+            else "not even one does: lower dataset.precompute_latents.resolution"
+        )
         return f"{self._described(image, self.batch_size)} do not fit into the memory of {self.device}; {way}"
 
     def _described(self, image: Tensor, count: int) -> str:
@@ -95,8 +100,8 @@ class Encoder:
                 raise
             pictures = self._described(image, len(image))
             raise TooLarge(
-                f"{pictures}, decoded back at once, do not fit into the memory of {self.device}; set check_samples to "
-                f"less than {len(image)}"
+                f"{pictures}, decoded back at once, do not fit into the memory of {self.device}; set "
+                f"dataset.precompute_latents.check_samples to less than {len(image)}"
             ) from error
         error = (decoded - image).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
         return (10 * torch.log10(4 / error)).tolist()

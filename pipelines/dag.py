@@ -50,6 +50,7 @@ class Stage:
     "whole" makes one result. `grows` names settings of which more extends a finished result instead of changing it,
     `requests` settings that say how to go on with an unfinished one, `how` settings that decide no byte: how fast it
     goes, when it gives up. None of these is part of the fingerprint.
+    `noted` settings decide nothing either, but its plan names them, for who reads the results.
     A stage that is `many` keeps one folder for each fingerprint, so that other settings never meet a refusal.
     """
 
@@ -60,6 +61,7 @@ class Stage:
     grows: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
     how: tuple[str, ...] = ()
+    noted: tuple[str, ...] = ()
     many: bool = False
 
 
@@ -76,7 +78,8 @@ STAGES = {
         "whole", ("download", "filter_images"), ("autoencoder.network", "autoencoder_training"), version=2),
     "precompute_latents": Stage(
         "shards", ("download", "filter_images"),
-        ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights"), version=2),
+        ("dataset.precompute_latents", "autoencoder.network", "autoencoder.weights"), version=2,
+        noted=("autoencoder.scale_factor",)),
     "train": Stage(
         "whole", ("filter_metadata", "filter_images", "precompute_latents"),
         ("dataset.selection", "dataset.mixture", "autoencoder", "text_encoder", "unet", "diffusion", "training"),
@@ -234,6 +237,7 @@ class Dag:
             "fingerprint": self.fingerprints[stage],
             "what": self.what[stage],
             "reads": {read: self.fingerprints[read] for read in reads(self.config, stage)},
+            "noted": {path: section(self.config, path) for path in STAGES[stage].noted},
         }
 
     def _what(self, stage: str) -> dict[str, Any]:
@@ -285,9 +289,8 @@ class Dag:
     def _folder(self, stage: str) -> StageFolder:
         path = self.home(stage)
         if STAGES[stage].many:
-            digests = {read: self._digest_read(stage, read) for read in reads(self.config, stage)}
-            digests |= self._mixed_digests(stage)
-            path /= sha256_bytes(canonical({"fingerprint": self.fingerprints[stage], "inputs": digests}))[:8]
+            read = {"fingerprint": self.fingerprints[stage], "inputs": self.digests_read(stage)}
+            path /= sha256_bytes(canonical(read))[:8]
         return stage_folder(path, stage, self.config.cluster.cache)
 
     def _status(self, stage: str) -> Status:
@@ -316,14 +319,18 @@ class Dag:
         record = job.output.record()
         if record is None or not self._inputs_done(job.stage):
             return Status(job)
-        digests = {read: self._digest_read(job.stage, read) or "" for read in reads(self.config, job.stage)}
-        digests |= self._mixed_digests(job.stage)
+        digests = {name: digest or "" for name, digest in self.digests_read(job.stage).items()}
         if reason := _stale(job, record, digests, job.output.missing_files([record]).get(None)):
             raise StaleError(f"{reason}; {_ways_out(job.stage)}", job.output)
         grown = all(record.facts[path] >= section(self.config, path) for path in STAGES[job.stage].grows)
         back = job.stage == "train" and rewind.is_due(job.output.path, self.config.training)
         funnel = {"rows": record.rows, "samples": record.samples, "dropped": record.dropped}
         return Status(job, grown and not back, funnel=funnel, digest=record.digest)
+
+    def digests_read(self, stage: str) -> dict[str, str | None]:
+        """Of everything that a stage reads, runs that are mixed in among it; None where it is not closed."""
+        own = {read: self._digest_read(stage, read) for read in reads(self.config, stage)}
+        return own | self._mixed_digests(stage)
 
     def _digest_read(self, stage: str, read: str) -> str | None:
         """What a stage that makes one result reads: it pins an edition, and what comes after `train` reads the same."""

@@ -187,6 +187,12 @@ def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> N
                 f"{latents.path} was made with weights {hashed[:12]}; autoencoder.weights={used.weights} has "
                 f"{now[:12]}; {WAY}"
             )
+    noted = plan.get("noted", {}).get("autoencoder.scale_factor")  # absent from older plans
+    if noted not in (None, used.scale_factor):
+        raise ValueError(
+            f"{latents.path} was made for autoencoder.scale_factor={noted}; asked for is {used.scale_factor}. Where "
+            f'that is right nothing need be made again: write it into {latents / "plan.json"}, below "noted"'
+        )
     made_by = {record.inputs.get("train_autoencoder") for record in records.values()}
     wanted = job.inputs["train_autoencoder"].record().digest if used.weights is None else None
     if wrong := made_by - {wanted}:
@@ -199,7 +205,10 @@ def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> N
 
 
 def check_scale(latents: StageFolder, records: dict[int, Record], scale_factor: float) -> None:
-    """Refuses a scale factor that leaves z0 far from a standard deviation of 1: one that belongs to other latents."""
+    """Refuses a scale factor that leaves z0 far from a standard deviation of 1: one that belongs to other latents.
+
+    It is a rough check; where the plan of the latents notes the factor, `check_cache` compares that.
+    """
     known = [(record.samples, record.facts["std"], record.facts["mean"]) for record in records.values()
              if record.samples and "std" in record.facts]  # fmt: skip
     if not known:

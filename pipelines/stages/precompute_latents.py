@@ -124,7 +124,7 @@ class Worker:
     def _refusal(self, error: TooLarge | MemoryError) -> str:
         """What does not fit, and which setting to lower."""
         if isinstance(error, TooLarge):
-            return f"{error} (dataset.precompute_latents)"
+            return str(error)
         size = self.settings.batch_size
         return (
             f"the machine has no memory for three batches of {size} decoded pictures; set "

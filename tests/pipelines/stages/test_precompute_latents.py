@@ -220,7 +220,10 @@ def test_out_of_memory_stops_at_once_with_a_batch_size_that_fits(
 
     monkeypatch.setattr(Encoder, "_forward", small_device)
     worker, started = Worker(job_of(plain, tmp_path, batch_size=16)), time.monotonic()
-    message = "16 pictures of 32x32 in float32 do not fit into the memory of cpu; set batch_size=4, which fits"
+    message = (
+        "16 pictures of 32x32 in float32 do not fit into the memory of cpu; dataset.precompute_latents.batch_size=4 "
+        "fits; python -m pipelines.plan [+]stage=precompute_latents"
+    )
     with pytest.raises(TooLarge, match=message):
         worker.run_shard(0)
     monkeypatch.setattr(worker, "_encode", None)
@@ -238,7 +241,7 @@ def test_decoding_back_that_does_not_fit_names_its_own_setting(
 
     worker = Worker(job_of(plain, tmp_path))
     monkeypatch.setattr(worker.encoder.autoencoder, "decode", small_device)
-    with pytest.raises(TooLarge, match=r"2 pictures of .*decoded back at once.*set check_samples to less than 2"):
+    with pytest.raises(TooLarge, match=r"2 pictures of .*decoded back at once.*set .*check_samples to less than 2"):
         worker.run_shard(0)
 
 
@@ -307,6 +310,23 @@ def test_a_cache_of_another_autoencoder_scale_or_size_is_refused_with_both_named
         check_cache(latents, sizes, train_job(plain))
     with pytest.raises(ValueError, match=r"autoencoder.scale_factor=0.1 makes it 0.0\d+, expected 0.4 to 2.5; about"):
         check_scale(latents, records, 0.1)
+
+
+def test_a_cache_that_was_made_for_another_scale_factor_is_refused_exactly(plain: Dag, tmp_path: Path) -> None:
+    """0.13025 for 0.18215 leaves a standard deviation of 0.7, as drawings have: only the plan tells them apart."""
+    made = plain.statuses["precompute_latents"].job.output
+    assert made.read_plan()["noted"] == {"autoencoder.scale_factor": plain.config.autoencoder.scale_factor}
+    facts = {**made.record(0).facts, "std": 1 / 0.18215, "mean": 0.0}
+    records, latents = {0: replace(made.record(0), facts=facts)}, StageFolder(tmp_path, "precompute_latents")
+    right, wrong = (train_job(plain, f"autoencoder.scale_factor={factor}") for factor in (0.18215, 0.13025))
+    latents.write_plan({**made.read_plan(), "noted": {"autoencoder.scale_factor": 0.18215}})
+    check_cache(latents, records, right)
+    with pytest.raises(ValueError, match=r"made for autoencoder.scale_factor=0.18215; asked for is 0.13025.*plan.json"):
+        check_cache(latents, records, wrong)
+    latents.write_plan({name: value for name, value in made.read_plan().items() if name != "noted"})
+    check_cache(latents, records, wrong)  # of an older plan only the rough check is left
+    with pytest.raises(ValueError, match=r"scale_factor=1.5153 makes it 8.3\d+, expected"):
+        check_cache(latents, records, train_job(plain))
 
 
 def test_the_pipeline_refuses_it_too_before_any_stage_starts(plain: Dag) -> None:
