@@ -40,6 +40,7 @@ from pipelines.dag import (
 )
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
+from pipelines.settings import FilterImagesConfig
 from pipelines.stopping import Stopped
 from pipelines.summary import funnel_of, funnel_rows, pointers, summary
 
@@ -110,7 +111,7 @@ def run(config: Config, command: str) -> int:
             return 0
         _check_inputs_present(dag, wanted)
         if "filter_images" in wanted and not statuses["filter_images"].done:
-            check_scores(config)
+            check_scores(config.dataset.filter_images)
         if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
             _check_model(config)
         for stage in wanted:
@@ -177,9 +178,8 @@ def _check_inputs_present(dag: Dag, wanted: list[str]) -> None:
             )
 
 
-def check_scores(config: Config) -> None:
-    """Refuses weights of which nobody has said which are meant; says so where GPUs are left out of scoring."""
-    settings, cluster = config.dataset.filter_images, config.cluster
+def check_scores(settings: FilterImagesConfig) -> None:
+    """Refuses weights of which nobody has said which are meant."""
     given = {f"heads.{name}": head for name, head in settings.heads.items()}
     for key, network in (given if settings.clip is None else {"clip": settings.clip, **given}).items():
         if network.sha256 is None:
@@ -187,8 +187,6 @@ def check_scores(config: Config) -> None:
                 f"dataset.filter_images.{key}.sha256 is null, so nobody has said which weights are meant; "
                 f"`sha256sum {weights_path(network.weights)}` computes what to write there"
             )
-    if settings.clip is not None and cluster.precompute_latents.num_gpus and not cluster.filter_images.num_gpus:
-        print("scores are computed on processors: cluster.filter_images.num_gpus is 0; cluster=h100_scores has a share")
 
 
 def _check_model(config: Config) -> None:
@@ -287,7 +285,7 @@ def _run_stream(dag: Dag, stages: list[str], tracker: Any, command: str) -> None
     first_input = reads(dag.config, stages[0])[0]
     shards = sorted(dag.statuses[first_input].records) if first_input in dag.statuses else []
     with ExitStack() as stack:
-        journals = {stage: stack.enter_context(_tracked(dag, stage, tracker)) for stage in stages}
+        journals = {stage: stack.enter_context(tracked(dag, stage, tracker)) for stage in stages}
         notes = {stage: stack.enter_context(_noted(dag, stage, command)) for stage in stages}
         address = dag.config.dataset.connect
         if "download" in stages:
@@ -370,7 +368,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     module = importlib.import_module(f"pipelines.stages.{stage}")
     goals = {"train": dag.config.training.max_steps, "train_autoencoder": dag.config.autoencoder_training.max_steps}
     showing = progress.following(dag.run_folder, {stage: goals.get(stage, 0)})
-    with _tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
+    with tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
         if STAGES[stage].kind == "table":
             files = module.source_files(job)
             funnel = module.run(job, files)
@@ -385,15 +383,16 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
 
 
 @contextmanager
-def _tracked(dag: Dag, stage: str, tracker: Any) -> Iterator[Any]:
+def tracked(dag: Dag, stage: str, tracker: Any) -> Iterator[Any]:
+    """The journal of a stage for the time that it runs, opened with its settings and with what it reads."""
     params = what_of(dag.config, stage)
     tags = {"fingerprint": dag.fingerprints[stage], "code_version": code_version()}
     with tracker.stage(stage, params, tags) as journal:
-        for read in reads(dag.config, stage):
-            status = dag.statuses[read]
-            if status.digest:
-                manifest = "record.json" if STAGES[read].kind == "whole" else "manifest.parquet"
-                journal.dataset(read, status.digest, status.job.output / manifest)
+        folders = dag.statuses[stage].job.inputs
+        for name, digest in dag.digests_read(stage).items():
+            if digest:  # what is still being made has none
+                manifest = "record.json" if STAGES[folders[name].stage].kind == "whole" else "manifest.parquet"
+                journal.dataset(name, digest, folders[name] / manifest)
         yield journal
 
 

@@ -3,24 +3,26 @@
     torchrun --nproc-per-node 8 -m pipelines.torchrun +experiment=laion400m_1p45b
     deepspeed --num_accelerators 8 --module pipelines.torchrun +experiment=laion400m_1p45b
 
-What training reads must be finished. Numbers go to the journal, and `python -m pipelines.sync` sends them. SIGTERM and
-SIGINT to these processes save and leave; the same command goes on from there.
+What training reads must be finished. What a run under Ray tells MLflow goes to the journal, and `python -m
+pipelines.sync` sends it. SIGTERM and SIGINT to these processes save and leave; the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-from pipelines.config import ConfigError, compose
+from pipelines.config import ConfigError, compose, plain
 from pipelines.dag import Dag, Job, reads
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StaleError
-from pipelines.run import begin, normalise
+from pipelines.run import begin, code_version, normalise, tracked
 from pipelines.stopping import SIGNALS
 
 
@@ -74,9 +76,15 @@ def train_here(dag: Dag) -> None:
 
 def _prepare(dag: Dag, stack: ExitStack) -> Any:
     from pipelines.stages import train
+    from pipelines.tracking import Tracker
 
     stack.enter_context(lock(dag.home("train") / "lock", f"train of {dag.config.name}"))
     begin(dag, "train")
+    # The journal alone: a thread that sends would take time from the steps of this process.
+    tracker = stack.enter_context(Tracker.open(replace(dag.config.tracking, enabled=False), dag.run_folder))
+    tracker.run.params(plain(dag.config))
+    tracker.run.tags({"code_version": code_version(), "host": socket.gethostname()})
+    stack.enter_context(tracked(dag, "train", tracker))
     return train.prepare(dag.statuses["train"].job)
 
 

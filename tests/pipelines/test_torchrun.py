@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import torchrun
+from pipelines.journal import RUN, journal_path, read_entries
 from pipelines.manifest import read_json
 from tests.ldm.training import processes
 from tests.pipelines.small_cache import make_cache
@@ -46,6 +47,13 @@ def test_where_the_first_process_cannot_prepare_the_others_say_so_and_end_too(tm
     assert first == (1, reason)
     assert second == (1, f"the first process could not prepare training: {reason}")
     assert not (tmp_path / "small/train/lock").exists()
+    told = read_entries(journal_path(tmp_path / "small", "train"))[0]
+    assert {entry["name"] for entry in told if entry["kind"] == "dataset"} == {
+        "filter_metadata", "filter_images", "precompute_latents"}  # fmt: skip
+    params = {name for entry in told if entry["kind"] == "params" for name in entry["values"]}
+    assert {"training.learning_rate", "unet.model_channels"} <= params
+    assert [(entry["status"], reason in entry["reason"]) for entry in told if entry["kind"] == "status"] == [
+        ("RUNNING", False), ("FAILED", True)]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -62,3 +70,7 @@ def test_either_launcher_trains_and_goes_on_where_the_other_left(tmp_path: Path)
         assert done.returncode == 0, (launcher, done.stdout + done.stderr)
         assert step_of(outputs) == goal and told(outputs) == list(range(1, goal + 1))
         assert read_json(outputs / "small/train/record.json")["facts"] == {"training.max_steps": goal}
+        for of in ("train", RUN):
+            statuses = [entry["status"] for entry in read_entries(journal_path(outputs / "small", of))[0]
+                        if entry["kind"] == "status"]  # fmt: skip
+            assert statuses[-2:] == ["RUNNING", "FINISHED"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from ldm.training.loader import Draw, Loader, TrainData, hold_out, order_of
 from pipelines.config import ConfigError
 from pipelines.dag import Dag, Job, weights_path
+from pipelines.journal import journal_path, read_entries
 from pipelines.manifest import StageFolder, StaleError, sha256_file, shard_name, sum_funnel
+from pipelines.run import tracked
 from pipelines.stages import train
+from pipelines.tracking import Tracker
 from pipelines.training_set import caches_of, closed_records, held_out_shards, input_digests
 from pipelines.verify import verify
 from tests.pipelines.small_cache import config_of, make_cache
@@ -59,6 +63,19 @@ def two(outputs: Path) -> Path:
     """A second run beside it, of three shards; its first three shards' pictures are those of the first."""
     make_cache(outputs, "name=photos", shards=3)
     return outputs
+
+
+def test_mixed_caches_are_among_the_inputs_that_are_tracked(two: Path, tmp_path: Path) -> None:
+    dag = Dag(config_of(two, *EVERYTHING, "dataset.mixture={photos: 0.25}"))
+    dag.refresh("train")
+    tracker = Tracker(replace(dag.config.tracking, enabled=False), tmp_path)
+    with tracker, tracked(dag, "train", tracker):
+        pass
+    told = {entry["name"]: entry["digest"] for entry in read_entries(journal_path(tmp_path, "train"))[0]
+            if entry["kind"] == "dataset"}  # fmt: skip
+    folders = dag.statuses["train"].job.inputs
+    assert told == {name: folder.manifest()["digest"] for name, folder in folders.items()} and len(told) == 6
+    assert told["precompute_latents@photos"] != told["precompute_latents"]
 
 
 def test_caches_are_mixed_by_weight_under_one_selection_and_resumed_to_the_sample(two: Path) -> None:
