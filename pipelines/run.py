@@ -40,7 +40,6 @@ from pipelines.dag import (
 )
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
-from pipelines.settings import FilterImagesConfig
 from pipelines.stopping import Stopped
 from pipelines.summary import funnel_of, funnel_rows, pointers, summary
 
@@ -111,7 +110,7 @@ def run(config: Config, command: str) -> int:
             return 0
         _check_inputs_present(dag, wanted)
         if "filter_images" in wanted and not statuses["filter_images"].done:
-            check_scores(config.dataset.filter_images)
+            check_scores(config)
         if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
             _check_model(config)
         for stage in wanted:
@@ -178,8 +177,9 @@ def _check_inputs_present(dag: Dag, wanted: list[str]) -> None:
             )
 
 
-def check_scores(settings: FilterImagesConfig) -> None:
-    """Refuses weights of which nobody has said which are meant."""
+def check_scores(config: Config) -> None:
+    """Refuses weights of which nobody has said which are meant; says so where GPUs are left out of scoring."""
+    settings, cluster = config.dataset.filter_images, config.cluster
     given = {f"heads.{name}": head for name, head in settings.heads.items()}
     for key, network in (given if settings.clip is None else {"clip": settings.clip, **given}).items():
         if network.sha256 is None:
@@ -187,6 +187,8 @@ def check_scores(settings: FilterImagesConfig) -> None:
                 f"dataset.filter_images.{key}.sha256 is null, so nobody has said which weights are meant; "
                 f"`sha256sum {weights_path(network.weights)}` computes what to write there"
             )
+    if settings.clip is not None and cluster.precompute_latents.num_gpus and not cluster.filter_images.num_gpus:
+        print("scores are computed on processors: cluster.filter_images.num_gpus is 0; cluster=h100_scores has a share")
 
 
 def _check_model(config: Config) -> None:
