@@ -65,8 +65,8 @@ class Encoder:
     def _advice(self, image: Tensor) -> str:
         fitting = self._largest_fitting(image)
         way = (
-            f"dataset.precompute_latents.batch_size={fitting} fits; python -m pipelines.plan +stage=precompute_latents, "
-            f"with the other arguments of this run, finds the fastest that does"
+            f"dataset.precompute_latents.batch_size={fitting} fits; python -m pipelines.plan "
+            f"+stage=precompute_latents, with the other arguments of this run, finds the fastest that does"
             if fitting
             else "not even one does: lower dataset.precompute_latents.resolution"
         )
