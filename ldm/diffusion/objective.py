@@ -115,15 +115,3 @@ def loss(
     if min_snr_gamma is None:
         return each
     return each * min_snr_weight(prediction_type, schedule, t, min_snr_gamma).to(each)
-
-
-def offset_noise(eps: Tensor, channel_noise: Tensor, strength: float) -> Tensor:
-    """eps (b, c, h, w) with a share of noise (b, c, 1, 1) that is constant over a picture."""
-    return eps + strength * channel_noise if strength else eps
-
-
-@torch.no_grad()
-def loss_by_quarter(loss: Tensor, t: Tensor, timesteps: int) -> dict[str, float]:
-    """Mean of the losses (b,) in each quarter of t, for the quarters that occur."""
-    quarter = t * 4 // timesteps
-    return {f"loss_t{i}": float(loss[quarter == i].mean()) for i in range(4) if bool((quarter == i).any())}

@@ -12,10 +12,8 @@ from ldm.diffusion.objective import (
     check_prediction_type,
     convert,
     loss,
-    loss_by_quarter,
     loss_per_sample,
     min_snr_weight,
-    offset_noise,
     target,
     z0_and_eps,
 )
@@ -86,17 +84,6 @@ def test_loss_of_each_sample(kind: str, wanted: float) -> None:
     assert loss_per_sample(prediction, torch.zeros_like(prediction), kind).tolist() == [wanted, 0.0]
     assert loss_per_sample(prediction.bfloat16(), torch.zeros_like(prediction)).dtype == torch.float32
     assert loss_per_sample(prediction.double(), torch.zeros_like(prediction)).dtype == torch.float64
-
-
-def test_offset_noise_shifts_whole_channels() -> None:
-    eps, shift = torch.zeros(2, 3, 4, 4), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).view(2, 3, 1, 1)
-    assert offset_noise(eps, shift, 0.0) is eps
-    assert torch.equal(offset_noise(eps, shift, 0.1), 0.1 * shift.expand(2, 3, 4, 4))
-
-
-def test_loss_by_quarter_leaves_out_quarters_that_do_not_occur() -> None:
-    means = loss_by_quarter(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 249, 999]), 1000)
-    assert means == {"loss_t0": 2.0, "loss_t3": 5.0}
 
 
 def schedule_of(name: str) -> Schedule:
