@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from ldm.training.order import Order, held_out
 from ldm.training.prefetch import Prefetcher
 
 MIRRORED = "flipped.npy"  # member of a sample with the latent of the mirrored picture
+OTHER_FILES = 256  # open beside shards: libraries, sockets, checkpoints
 OBJECTS = 700  # bytes of Python's own that a sample in memory takes beside its data
 
 
@@ -239,9 +241,9 @@ class Loader:
         self.rank, self.world_size, self.pin = rank, world_size, pin
         # Open shards: those of the windows that this process's lanes are in, and the ones they enter next.
         streams = len({tuple(data.shape_of(i)) for i in range(len(data.shards))}) * len(data.weights)
-        open_shards = min(len(data.shards), streams * (max(1, lanes // world_size) * window_shards + lanes))
-        self._reader = lru_cache(maxsize=open_shards)(self._open)
-        self._rows = lru_cache(maxsize=open_shards)(self._used_rows)
+        self.open_shards = min(len(data.shards), streams * (max(1, lanes // world_size) * window_shards + lanes))
+        self._reader = lru_cache(maxsize=self.open_shards)(self._open)
+        self._rows = lru_cache(maxsize=self.open_shards)(self._used_rows)
         self._cache: dict[tuple[int, int], _Sample] = {}
         self._cache_left, self._lock = cache_bytes, threading.Lock()
         self._workers = workers
@@ -363,3 +365,17 @@ class Loader:
         # Closed when the last thread that reads from it has let go, not when it leaves the cache.
         weakref.finalize(reader, os.close, reader.handle)
         return reader
+
+
+def allow_open_files(*loaders: Loader) -> None:
+    """Lets this process open as many files as the system allows: by default 1,024, which shards of many shapes exceed.
+
+    Raises ValueError where that is too few too, rather than hours later.
+    """
+    needed, (_, most) = OTHER_FILES + sum(loader.open_shards for loader in loaders), getrlimit(RLIMIT_NOFILE)
+    setrlimit(RLIMIT_NOFILE, (most, most))
+    if most != RLIM_INFINITY and needed > most:
+        raise ValueError(
+            f"training may have {needed} files open at once, {OTHER_FILES} of them no shards, and this system allows a "
+            f"process {most} (ulimit -Hn); raise that, or start a new run with lower training.lanes or window_shards"
+        )

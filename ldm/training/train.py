@@ -37,7 +37,7 @@ from ldm.training.budget import costs_of
 from ldm.training.ema import Ema
 from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, World, check_kept, join
 from ldm.training.frozen import Frozen
-from ldm.training.loader import Batch, Draw, Loader, TrainData, hold_out
+from ldm.training.loader import Batch, Draw, Loader, TrainData, allow_open_files, hold_out
 from ldm.training.meter import Meter
 from ldm.training.watchdog import Watchdog
 
@@ -85,6 +85,7 @@ def train(
     tokenizer = make_tokenizer(settings.text_encoder) if settings.text_encoder else None
     loader = make_loader(settings, trained_on, tokenizer, run, world)
     held_out_loader = make_loader(settings, held_out, tokenizer, run, world, validation=True) if held_out else None
+    allow_open_files(*filter(None, (loader, held_out_loader)))
 
     # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averaged weights.
     torch.manual_seed(training.seed)
