@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import pytest
 
 from pipelines import report
-from pipelines.config import Config
+from pipelines.config import CONF, Config
 from pipelines.dag import Dag, Job, connected
 from pipelines.journal import journal_path, read_entries
+from pipelines.manifest import read_json
 from pipelines.run import accounted
 from pipelines.stages import download
 from pipelines.stopping import Stopped
@@ -77,3 +80,25 @@ def test_an_account_that_cannot_be_given_hides_nothing(
         with accounted(dag, WANTED, tracker.run):
             raise ZeroDivisionError
     assert "no report of the stopped run: OSError: the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_mlflow_holds_the_account_of_a_run_that_missed_its_floor_and_then_of_its_end(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    given = ["+experiment=smoke", f"paths.outputs={tmp_path}", "dataset.download.retries=0"]
+    command = [sys.executable, "-m", "pipelines.run", "+stage=filter_metadata", *given]
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    floor = ["dataset.download.min_yield=0.99", "dataset.download.yield_after=8"]
+    command = [sys.executable, "-m", "pipelines.run", "+stage=download", *given, *floor]
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1 and "dataset.download.min_yield=0.99" in done.stderr, done.stdout + done.stderr
+    assert "This run stopped before its end" in (tmp_path / "smoke/report.html").read_text()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = client.get_run(read_json(tmp_path / "smoke/tracking.json")["runs"]["run"])
+    assert run.info.status == "FAILED" and "YieldError" in run.data.tags["reason"]
+    assert run.data.tags["mlflow.note.content"].splitlines()[2].startswith("| download |")
+    names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"funnel.csv", "funnel.png", "report.html"} <= names
