@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,13 +42,14 @@ def output_of(path: str | Path) -> Path:
 
 
 class Journal:
-    """Appends to one journal. Any process may open one; only one at a time writes to a file."""
+    """Appends to one journal, from any thread. Any process may open one; only one at a time writes to a file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._handle).st_size
+        self._lock = threading.Lock()
         self._torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
@@ -110,11 +112,12 @@ class Journal:
     def _append(self, kind: str, **fields: Any) -> None:
         entry = {"kind": kind, "time": time.time_ns() // 1_000_000, **fields}
         line = json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode(errors="replace") + b"\n"
-        data = b"\n" + line if self._torn else line
-        self._torn = True  # until all of it is down: a full disk may take half a line
-        while data:
-            data = data[os.write(self._handle, data) :]
-        self._torn = False
+        with self._lock:
+            data = b"\n" + line if self._torn else line
+            self._torn = True  # until all of it is down: a full disk may take half a line
+            while data:
+                data = data[os.write(self._handle, data) :]
+            self._torn = False
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, str]:

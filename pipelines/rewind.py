@@ -9,12 +9,12 @@ after a crash, goes on from where the new way has got to. The journal learns of 
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
 from typing import Any
 
+from ldm.aside import set_aside
 from ldm.config import TrainingConfig
 from pipelines.journal import Journal
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
@@ -30,15 +30,19 @@ def is_due(folder: Path, training: TrainingConfig) -> bool:
     return not done or done[-1]["request"] != _request(training)
 
 
-def go_back(folder: Path, training: TrainingConfig, journal: Journal) -> None:
-    """Sets aside what is later than the checkpoint that training.resume names; closes the journal.
+def go_back(folder: Path, training: TrainingConfig, journal: Journal, copies: Any | None = None) -> None:
+    """Sets aside what is later than the checkpoint that training.resume names, where it is copied too.
 
-    Raises ValueError where there is no such checkpoint, or where it is not whole.
+    The journal is closed. Raises ValueError where there is no such checkpoint, or where it is not whole.
     """
     if is_due(folder, training):
         step = _check(folder, training)
         later = sorted(path.name for path in folder.glob("step-*") if _step(path.name) > step)
         later += [name for name in ("record.json",) if (folder / name).exists()]
+        if copies is not None:
+            from ldm.training.copies import disown
+
+            disown(copies, step)
         place = set_aside(folder, later)
         journal.rewind(step)
         note = {"request": _request(training), "time": time.time(), "aside": place.name, "moved": later}
@@ -47,16 +51,6 @@ def go_back(folder: Path, training: TrainingConfig, journal: Journal) -> None:
     elif training.resume is not None:
         print(f"training went back to {training.resume} before, on this very request, and goes on from there")
     journal.close()
-
-
-def set_aside(folder: Path, names: list[str]) -> Path:
-    """Moves files and folders of a stage to a new folder below it, out of sight of whoever reads the stage."""
-    number = 1 + max((int(path.name) for path in (folder / "aside").glob("[0-9]*")), default=0)
-    place = folder / "aside" / f"{number:03d}"
-    place.mkdir(parents=True)
-    for name in sorted(names, key=lambda name: name != "record.json"):  # what vouches for the others goes first
-        os.rename(folder / name, place / name)
-    return place
 
 
 def _request(training: TrainingConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ LAYERS = [
     ["pipelines"],
     ["ldm.training", "ldm.evaluation", "ldm.generate", "ldm.interop"],
     ["ldm.models", "ldm.diffusion", "ldm.images", "ldm.shards"],
-    ["ldm.config", "ldm.crash", "ldm.storage", "ldm.node_cache"],
+    ["ldm.config", "ldm.crash", "ldm.aside", "ldm.storage", "ldm.node_cache"],
 ]
 
 

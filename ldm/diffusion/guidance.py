@@ -25,13 +25,14 @@ def guided(
     the conditional one's (Lin et al. 2023, Eq. 15 and 16); they use 0.7 with zero terminal SNR.
     """
     if guidance_scale == 1 or not condition:
-        return lambda z_t, t: denoiser(z_t, t, condition)
+        return lambda z_t, t: denoiser(z_t, t, condition).to(z_t)
     if set(condition) != set(null_condition):
         raise ValueError(f"condition has {sorted(condition)}, null_condition {sorted(null_condition)}; both need both")
     both = {name: torch.cat([null_condition[name], value]) for name, value in condition.items()}
 
     def predict(z_t: Tensor, t: Tensor) -> Tensor:
-        null, conditional = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
+        # In the dtype of z_t, whatever the denoiser computes in: guidance multiplies what bf16 would round here.
+        null, conditional = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t]), both).to(z_t).chunk(2)
         prediction = null + guidance_scale * (conditional - null)
         return rescaled(prediction, conditional, rescale) if rescale else prediction
 

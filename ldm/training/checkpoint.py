@@ -8,39 +8,61 @@
         manifest.json                      step, samples seen, and bytes and sha256 of every file above
         COMMITTED                          the manifest's sha256; written last
 
-All processes write into step-00001000.tmp-ATTEMPT, each hashes what it wrote, and when all are done the first process
-renames the folder and writes COMMITTED. The newest checkpoint that verifies is the one that is loaded; what does not is
-named, and where nothing is left a run stops rather than start from zero. Stretches belong to parameters, not to
-processes, so a checkpoint loads on any number of processes and any ZeRO stage. Nothing is ever unpickled.
+All processes write into step-00001000.tmp-ATTEMPT while training goes on, each hashes what it wrote, and when all are
+done the first process renames the folder and writes COMMITTED. The newest checkpoint that verifies is the one that is
+loaded; what does not is named and set aside, so that it is never counted among those that stay, and where nothing is
+left a run stops rather than start from zero. Stretches belong to parameters, not to processes, so a checkpoint loads on
+any number of processes and any ZeRO stage. Nothing is ever unpickled.
 
 The folder must be one that every process sees: a local disk on one machine, a shared file system on several.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.aside import set_aside
 from ldm.crash import crash_point
+from ldm.training.together import from_first, gather, rank, world_size
 
 FORMAT = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Tell = Callable[[str, str], None]  # subject, what somebody should know who reads no logs
+
+
+class NotWhole(RuntimeError):
+    """There are checkpoints and none of them is whole: `refused` says of each what is wrong."""
+
+    stops_the_run = True  # a restart finds the same
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.refused: dict[Path, list[str]] = {}
+
+
+class DiskFull(RuntimeError):
+    """A checkpoint could not be written for want of room."""
+
+    stops_the_run = True  # nobody makes room meanwhile
 
 
 @dataclass(frozen=True)
@@ -53,96 +75,147 @@ class Stretch:
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
-def save(
-    home: Path,
-    step: int,
-    *,
-    stretches: list[Stretch],
-    ema: dict[str, Tensor] | None,
-    config: dict[str, Any],
-    facts: dict[str, Any],
-) -> Path:
-    """Commits a checkpoint; every process calls it. `ema` is given by the first process only.
+class Saving:
+    """A checkpoint under way: what the processes hold is copied at once, and written while training goes on.
 
-    Raises RuntimeError on every process when one of them could not write; older checkpoints stay as they are.
+    Every process makes one at the same step, `ema` given by the first alone, and all call `commit` together; before
+    that there is no checkpoint.
     """
-    final = home / step_name(step)
-    attempt = _from_first(uuid.uuid4().hex)
-    temporary = home / f"{final.name}.tmp-{attempt}"
-    _together(lambda: temporary.mkdir(parents=True) if _rank() == 0 else None, final)
-    crash_point("checkpoint_begin")
-    written = _together(lambda: _write_stretches(temporary, stretches), final)
-    files = dict(written)
-    _together(
-        lambda: _finish(temporary, final, ema, config, {"step": step, **facts}, files) if _rank() == 0 else None, final
-    )
-    return final
+
+    def __init__(
+        self,
+        home: Path,
+        step: int,
+        *,
+        stretches: list[Stretch],
+        ema: dict[str, Tensor] | None,
+        config: dict[str, Any],
+        facts: dict[str, Any],
+    ) -> None:
+        self._final = home / step_name(step)
+        attempt = from_first(uuid.uuid4().hex)
+        self._temporary = home / f"{self._final.name}.tmp-{attempt}"
+        self._facts = {"step": step, **facts}
+        _together(lambda: self._temporary.mkdir(parents=True) if rank() == 0 else None, self._final)
+        crash_point("checkpoint_begin")
+        held = {f"{kind}/{s.name}": x.detach().to("cpu", copy=True) for s in stretches for kind, x in s.tensors.items()}
+        starts = {s.name: s.start for s in stretches}
+        writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written = writer.submit(_write, self._temporary, held, starts, ema, config if rank() == 0 else None)
+        writer.shutdown(wait=False)
+
+    def is_written(self) -> bool:
+        """Whether this process has done its part."""
+        return self._written.done()
+
+    def commit(self) -> Path:
+        """Waits for all processes and makes it a checkpoint.
+
+        Raises RuntimeError on every process when one of them could not write; older checkpoints stay as they are.
+        """
+        files = dict(file for part in _together(self._written.result, self._final) for file in part.items())
+        _together(
+            lambda: _finish(self._temporary, self._final, self._facts, files) if rank() == 0 else None, self._final
+        )
+        return self._final
+
+
+def save(home: Path, step: int, **held: Any) -> Path:
+    """A checkpoint that is waited for."""
+    return Saving(home, step, **held).commit()
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _write_stretches(folder: Path, stretches: list[Stretch]) -> tuple[str, dict[str, Any]]:
-    """Writes this process's file; returns its name, size and hash."""
-    path = folder / f"rank-{_rank():05d}-of-{_world_size():05d}.safetensors"
-    tensors = {f"{kind}/{s.name}": x.detach() for s in stretches for kind, x in s.tensors.items()}
-    crash_point("checkpoint_before_rank_file")
-    save_file(tensors, path, {"starts": json.dumps({s.name: s.start for s in stretches})})
-    crash_point("checkpoint_after_rank_file")
-    return path.name, _seal(path)
+def step_of(name: str) -> int:
+    """-1 of anything else."""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
 
 
-def _finish(
-    temporary: Path,
-    final: Path,
+def _write(
+    folder: Path,
+    held: dict[str, Tensor],
+    starts: dict[str, int],
     ema: dict[str, Tensor] | None,
-    config: dict[str, Any],
-    facts: dict[str, Any],
-    files: dict[str, dict[str, Any]],
-) -> None:
-    """The first process's part: the files of the whole, the manifest, the rename and, last of all, COMMITTED."""
-    crash_point("checkpoint_all_written")
+    config: dict[str, Any] | None,
+) -> dict[str, dict[str, Any]]:
+    """Writes this process's file, and those that only the first has something for; returns their sizes and hashes."""
+    path, files = folder / f"rank-{rank():05d}-of-{world_size():05d}.safetensors", {}
+    crash_point("checkpoint_before_rank_file")
+    save_file(held, path, {"starts": json.dumps(starts)})
+    crash_point("checkpoint_after_rank_file")
+    files[path.name] = seal(path)
     if ema is not None:
-        save_file({name: x.detach().contiguous() for name, x in ema.items()}, temporary / "ema.safetensors")
+        save_file({name: x.detach().contiguous() for name, x in ema.items()}, folder / "ema.safetensors")
         crash_point("checkpoint_after_ema")
-        files["ema.safetensors"] = _seal(temporary / "ema.safetensors")
-    files["config.json"] = _write_json(temporary / "config.json", {"format": FORMAT, **config})
+        files["ema.safetensors"] = seal(folder / "ema.safetensors")
+    if config is not None:
+        files["config.json"] = _write_json(folder / "config.json", {"format": FORMAT, **config})
+    return files
+
+
+def _finish(temporary: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """The first process's part, once all have written: the manifest, the rename and, last of all, COMMITTED."""
+    crash_point("checkpoint_all_written")
     crash_point("checkpoint_before_manifest")
     manifest = _write_json(temporary / "manifest.json", {"format": FORMAT, **facts, "files": files})
-    _sync_folder(temporary)
-    crash_point("checkpoint_before_rename")
     replaced = final.with_name(f"{temporary.name}-replaced")
     if final.exists():  # left without COMMITTED by a crash, or damaged since
         os.rename(final, replaced)
         crash_point("checkpoint_old_aside")
-    os.rename(temporary, final)
-    _sync_folder(final.parent)
-    crash_point("checkpoint_after_rename")
-    _commit(final, manifest["sha256"])
+    adopt(temporary, final, manifest["sha256"])
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def adopt(temporary: Path, final: Path, sha256: str) -> None:
+    """Makes a checkpoint of a folder that is whole; `sha256` is its manifest's."""
+    sync_folder(temporary)
+    crash_point("checkpoint_before_rename")
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    crash_point("checkpoint_after_rename")
+    _commit(final, sha256)
 
 
 def _commit(final: Path, sha256: str) -> None:
     # Under another name first, so that COMMITTED is never there with half of its line.
     (final / "COMMITTED.tmp").write_text(sha256)
-    _seal(final / "COMMITTED.tmp")
+    seal(final / "COMMITTED.tmp")
     crash_point("checkpoint_before_committed")
     os.rename(final / "COMMITTED.tmp", final / "COMMITTED")
-    _sync_folder(final)
+    sync_folder(final)
     crash_point("checkpoint_after_committed")
 
 
-def retain(home: Path, keep: int, every: int | None, best: bool = False) -> list[str]:
-    """Removes committed checkpoints but for the newest `keep`, those at multiples of `every`, and with `best` the one
-    with the lowest validation loss; returns their names.
+def staying(losses: dict[int, float | None], keep: int, every: int | None, best: bool) -> set[int]:
+    """Of steps with their validation loss, where there was one: the newest `keep`, multiples of `every`, the `best`."""
+    found = sorted(losses, reverse=True)
+    stay = {*found[:keep], *(step for step in found if every is not None and step % every == 0)}
+    known = {step: loss for step in found if (loss := losses[step]) is not None}
+    return stay | {min(known, key=lambda step: known[step])} if best and known else stay
 
-    The first process calls it.
+
+def retain(
+    home: Path,
+    keep: int,
+    every: int | None,
+    best: bool = False,
+    tell: Tell | None = None,
+    but: Path | None = None,
+) -> list[str]:
+    """Removes checkpoints but for those that are `staying`, and for one that may not go yet; returns their names.
+
+    Those that were damaged meanwhile are set aside and count for nothing. The first process calls it.
     """
-    found = [path for path in _steps(home) if (path / "COMMITTED").exists()]
-    stays = _best(found) if best else None
-    gone = [path for path in found[keep:] if path != stays and (every is None or _step(path) % every)]
+    looked_at = {path: problems(path, share=None) for path in steps(home)}
+    refuse(home, {path: reasons for path, reasons in looked_at.items() if reasons}, tell)
+    found = [path for path, reasons in looked_at.items() if not reasons]
+    stay = staying({step_of(path.name): _validation_loss(path) for path in found}, keep, every, best)
+    gone = [path for path in found if step_of(path.name) not in stay and path != but]
     for path in gone:
         # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
         aside = path.with_name(f"{path.name}.tmp-removed")
@@ -152,11 +225,19 @@ def retain(home: Path, keep: int, every: int | None, best: bool = False) -> list
     return [path.name for path in gone]
 
 
-def _best(paths: list[Path]) -> Path | None:
-    """The one with the lowest validation loss, where any was validated."""
-    losses = {path: json.loads((path / "manifest.json").read_bytes()).get("validation_loss") for path in paths}
-    known = {path: loss for path, loss in losses.items() if loss is not None}
-    return min(known, key=lambda path: known[path], default=None)
+def _validation_loss(path: Path) -> float | None:
+    return json.loads((path / "manifest.json").read_bytes()).get("validation_loss")
+
+
+def refuse(home: Path, refused: dict[Path, list[str]], tell: Tell | None = None) -> None:
+    """Sets aside checkpoints that are not whole and says why. The first process of the one who trains calls it."""
+    if refused:
+        place = set_aside(home, [path.name for path in refused])
+        for path, reasons in refused.items():
+            message = f"{path.name} lies in {place}: {'; '.join(reasons)}"
+            log.warning("%s", message)
+            if tell is not None:
+                tell(f"refused/{path.name}", message)
 
 
 def sweep(home: Path) -> list[str]:
@@ -219,47 +300,54 @@ class Checkpoint:
         return self._files[name]
 
 
-def newest(home: Path, finish: bool = False) -> Checkpoint | None:
+def newest(home: Path, finish: bool = False, tell: Tell | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies; None when there never was one. A process group shares the work.
 
-    A crash between the rename and COMMITTED of the very first save leaves everything but the marker. Where nothing else
-    is left such a checkpoint is taken, and with `finish` its marker written. Raises RuntimeError when there are
-    checkpoints and none is whole: a run never starts again from zero unasked.
+    With `finish`, for the one who trains, newer ones that do not verify are set aside. A crash between the rename and
+    COMMITTED of the very first save leaves everything but the marker. Where nothing else is left such a checkpoint is
+    taken, and with `finish` its marker written. Raises NotWhole when there are checkpoints and none is whole: a run
+    never starts again from zero unasked.
     """
-    candidates = [Path(path) for path in _from_first([str(path) for path in _steps(home)])]
+    candidates = [Path(path) for path in from_first([str(path) for path in steps(home)])]
     refused: dict[Path, list[str]] = {}
     for path in candidates:
-        refused[path] = _problems_of_all(path)
-        if not refused[path]:
-            return _open(path)
-        log.warning("%s is not taken: %s", path, "; ".join(refused[path]))
+        found = _problems_of_all(path)
+        if not found:
+            if finish and rank() == 0:
+                refuse(home, refused, tell)
+            return opened(path)
+        log.warning("%s is not taken: %s", path, "; ".join(found))
+        refused[path] = found
     for path, reasons in refused.items():
         if reasons == [NOT_COMMITTED] and not _problems_of_all(path, marker=False):
             log.warning("%s lacks COMMITTED, but every file of it verifies and nothing else is left: it is taken", path)
-            if finish and _rank() == 0:
+            if finish and rank() == 0:
                 _commit(path, _sha256(path / "manifest.json"))
-            return _open(path)
+                refuse(home, {other: reasons for other, reasons in refused.items() if other != path}, tell)
+            return opened(path)
     if refused:
         found = "\n".join(f"  {path.name}: {'; '.join(reasons)}" for path, reasons in refused.items())
-        raise RuntimeError(
+        error = NotWhole(
             f"no checkpoint in {home} is whole:\n{found}\nbring one of them back from a copy, or remove them all "
             f"(overwrite=true) to train again from step 0"
         )
+        error.refused = refused
+        raise error
     return None
 
 
 NOT_COMMITTED = "COMMITTED is missing"
 
 
-def problems(path: Path, share: int = 0, shares: int = 1, marker: bool = True) -> list[str]:
-    """What is wrong with a checkpoint; of its data files only every `shares`-th is hashed. Empty: nothing."""
+def problems(path: Path, share: int | None = 0, shares: int = 1, marker: bool = True) -> list[str]:
+    """What is wrong with a checkpoint; of its files only every `shares`-th is hashed, or none. Empty: nothing."""
     manifest_path, committed = path / "manifest.json", path / "COMMITTED"
     if marker and not committed.exists():
         return [NOT_COMMITTED]
     if not manifest_path.exists():
         return ["manifest.json is missing"]
     data = manifest_path.read_bytes()
-    if marker and committed.read_text() != hashlib.sha256(data).hexdigest():
+    if marker and committed.read_bytes() != hashlib.sha256(data).hexdigest().encode():
         return ["manifest.json does not have the sha256 that COMMITTED names"]
     try:
         manifest = json.loads(data)
@@ -286,29 +374,26 @@ def differences(there: Any, now: Any, path: str = "") -> list[str]:
     return [] if there == now else [f"{path}: {there!r} in the checkpoint, {now!r} now"]
 
 
-def _open(path: Path) -> Checkpoint:
+def opened(path: Path) -> Checkpoint:
     return Checkpoint(
         path, json.loads((path / "manifest.json").read_bytes()), json.loads((path / "config.json").read_bytes())
     )
 
 
 def _problems_of_all(path: Path, marker: bool = True) -> list[str]:
-    shares = _gather(problems(path, _rank(), _world_size(), marker))
+    shares = gather(problems(path, rank(), world_size(), marker))
     return sorted({problem for share in shares for problem in share})
 
 
-def _steps(home: Path) -> list[Path]:
+def steps(home: Path) -> list[Path]:
     """Folders with the name of a checkpoint, newest first."""
-    return sorted((path for path in home.glob("step-[0-9]*") if path.name == step_name(_step(path))), reverse=True)
+    found = (path for path in home.glob("step-[0-9]*") if path.name == step_name(step_of(path.name)))
+    return sorted(found, reverse=True)
 
-
-def _step(path: Path) -> int:
-    digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-def _seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> dict[str, Any]:
     """Syncs a file and returns its size and hash, read back from where it was written."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -322,10 +407,10 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, value: Any) -> dict[str, Any]:
     path.write_text(json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
-    return _seal(path)
+    return seal(path)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -334,41 +419,27 @@ def _sync_folder(path: Path) -> None:
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(value: Result) -> list[Result]:
-    """The values of all processes, on every one of them."""
-    if _world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * _world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_first(value: Result) -> Result:
-    return _gather(value)[0]
-
-
 def _together(work: Callable[[], Result], final: Path) -> list[Result]:
     """Does each process's part of a save and waits for the others; an error of one is an error of all."""
-    result, error = None, ""
+    result, error, full = None, "", False
     try:
         result = work()
     except (OSError, SafetensorError) as raised:
-        error = f"process {_rank()}: {raised}"
-    outcomes = _gather((result, error))
-    if errors := [error for _, error in outcomes if error]:
-        if _rank() == 0:
+        error, full = f"process {rank()}: {raised}", _is_full(raised)
+    outcomes = gather((result, error, full))
+    if errors := [error for _, error, _ in outcomes if error]:
+        if rank() == 0:
             for path in final.parent.glob(f"{final.name}.tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
-        raise RuntimeError(
+        raise (DiskFull if any(full for _, _, full in outcomes) else RuntimeError)(
             f"{final} could not be written ({'; '.join(errors)}); older checkpoints stay as they are. "
             f"Make room or mend the disk, and the same command goes on from the newest of them"
         )
-    return [result for result, _ in outcomes]  # type: ignore[misc]
+    return [result for result, _, _ in outcomes]  # type: ignore[misc]
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether there was no room; safetensors says the system's number in words alone."""
+    said = re.search(r"os error (\d+)", str(error))
+    number = int(said[1]) if said else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

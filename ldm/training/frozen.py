@@ -7,7 +7,7 @@ checkpoint keeps its hash alone: its weights come from a file of their own.
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,19 @@ READS = ("tokens", "layout", "sizes")  # of a condition, in the words of ldm/mod
 ARITHMETIC = {**WEIGHTS, "bf16_autocast": torch.bfloat16}  # precision of the training -> what is computed with
 
 
+def arithmetic(precision: str, device: str) -> AbstractContextManager[object]:
+    """Computes as a training of that precision does, whatever dtype the weights have."""
+    dtype = ARITHMETIC.get(precision)
+    return torch.autocast(device, dtype) if dtype else nullcontext()
+
+
 class Frozen:
     """What a condition goes through before it reaches the part of the model that is trained."""
 
     def __init__(self, denoiser: Denoiser, precision: str) -> None:
         """Takes the text encoder out of a denoiser where it is not trained; the denoiser then reads its context."""
         self.text_encoder: nn.Module | None = None
-        self._dtype = ARITHMETIC.get(precision)
+        self._precision = precision
         text_encoder = denoiser.text_encoder
         if text_encoder is not None and not any(p.requires_grad for p in text_encoder.parameters()):
             self.text_encoder, denoiser.text_encoder = text_encoder, None
@@ -38,7 +44,7 @@ class Frozen:
         read = {name: x for name, x in condition.items() if name in READS}
         rest = {name: x for name, x in condition.items() if name not in READS}
         device = next(self.text_encoder.parameters()).device.type
-        with torch.autocast(device, self._dtype) if self._dtype else nullcontext():
+        with arithmetic(self._precision, device):
             return rest | Denoiser(nn.Identity(), self.text_encoder).encode_condition(read)
 
     def digests(self) -> dict[str, str]:

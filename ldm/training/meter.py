@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldm.training.engine import World
 
-# Places in the sums that the processes add up after each step: who wants to stop, losses that are no numbers, and
-# count and sum of the losses in each quarter of t.
-STOP, NON_FINITE, COUNT, LOSS = 0, 1, slice(2, 6), slice(6, 10)
+# Places in the sums that the processes add up after each step: who wants to stop, losses that are no numbers, count and
+# sum of the losses in each quarter of t, and who has written its part of a checkpoint.
+STOP, NON_FINITE, COUNT, LOSS, WRITTEN, PLACES = 0, 1, slice(2, 6), slice(6, 10), 10, 11
 
 
 class Meter:
@@ -25,7 +25,7 @@ class Meter:
         """`share_of_peak`: of the FLOP that all devices could do in a second, what one sample takes; None: unknown."""
         self.world, self.share_of_peak = world, share_of_peak
         self.own_loss_is_finite = True
-        self._step = torch.zeros(10, dtype=torch.float64, device=world.device)
+        self._step = torch.zeros(PLACES, dtype=torch.float64, device=world.device)
         self._clear()
 
     def start_step(self) -> None:
@@ -47,13 +47,16 @@ class Meter:
         self._step[COUNT].index_add_(0, quarter, torch.ones_like(loss))
         self._step[LOSS].index_add_(0, quarter, loss)
 
-    def agree(self, stop: bool) -> tuple[bool, bool]:
-        """(whether any process wants to stop, whether all losses of the step are finite), the same in all processes."""
+    def agree(self, stop: bool, written: bool) -> tuple[bool, bool, bool]:
+        """(whether any process wants to stop, whether all losses of the step are finite, whether all processes have
+        written), the same in all of them."""
         self.own_loss_is_finite = not self._step[NON_FINITE]
         self._step[STOP] += stop
+        self._step[WRITTEN] += written
         dist.all_reduce(self._step)
         self._agreed = self._step.cpu()
-        return bool(self._agreed[STOP]), not self._agreed[NON_FINITE]
+        all_written = bool(self._agreed[WRITTEN] == self.world.world_size)
+        return bool(self._agreed[STOP]), not self._agreed[NON_FINITE], all_written
 
     def end_step(self, samples: int, **latest: float) -> None:
         """The step counts."""
@@ -76,7 +79,7 @@ class Meter:
         return values
 
     def _clear(self) -> None:
-        self._sums = torch.zeros(10, dtype=torch.float64)
+        self._sums = torch.zeros(PLACES, dtype=torch.float64)
         self._samples, self._seconds, self._waited = 0, 0.0, 0.0
         self._latest: dict[str, float] = {}
 

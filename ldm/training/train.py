@@ -32,11 +32,11 @@ from ldm.models.blocks import ResBlock, checkpoint_activations
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import Tokenizer, make_tokenizer
 from ldm.sheet import Tile, draw_sheet
-from ldm.training import checkpoint, lr
+from ldm.training import checkpoint, copies, lr
 from ldm.training.budget import costs_of
 from ldm.training.ema import Ema
-from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, World, check_kept, join
-from ldm.training.frozen import Frozen
+from ldm.training.engine import WEIGHTS, Engine, GradientOverflow, NonFiniteGradient, World, check_kept, join
+from ldm.training.frozen import Frozen, arithmetic
 from ldm.training.loader import Batch, Draw, Loader, TrainData, allow_open_files, hold_out
 from ldm.training.meter import Meter
 from ldm.training.watchdog import Watchdog
@@ -47,6 +47,12 @@ LogCheckpoint = Callable[[Path, list[str]], None]
 Decode = Callable[[Tensor], Tensor]
 
 log_line = logging.getLogger(__name__)
+
+
+class TooManyBadBatches(RuntimeError):
+    """More losses or gradients were no numbers than may be."""
+
+    stops_the_run = True  # a restart would meet the same batches
 
 
 def train(
@@ -60,14 +66,15 @@ def train(
     log_grid: LogGrid,
     should_stop: Callable[[], bool],
     log_checkpoint: LogCheckpoint = lambda kept, removed: None,
+    tell: checkpoint.Tell | None = None,
     peak_flops: float | None = None,
 ) -> int:
     """Trains up to `max_steps` or until `should_stop`; returns the step of the last checkpoint, in `output`.
 
     `decode` (scaled z0 -> image in [-1, 1]), `log`, `log_grid` and `log_checkpoint` (the folder of one, the names of
-    those removed for it) are called in the first process only, `should_stop` in all of them after every step: one that
-    says so stops all. With `peak_flops`, what one device can do in a second,
-    the log also says what share of it is reached.
+    those removed for it) and `tell` (a subject, what somebody should know who reads no logs) are called in the first
+    process only, `should_stop` in all of them after every step: one that says so stops all. With `peak_flops`, what one
+    device can do in a second, the log also says what share of it is reached.
     """
     training, diffusion = settings.training, settings.diffusion
     torch.set_num_threads(run.threads)
@@ -107,7 +114,8 @@ def train(
     dist.barrier()
     step = saved = samples_seen = skipped = 0
     history: list[dict[str, Any]] = []  # where the run went another way than its settings alone would say
-    if (last := checkpoint.newest(output, finish=True)) is not None:
+    place = copies.place_of(run, output)
+    if (last := copies.newest(output, place, tell)) is not None:
         changed = accepted_changes(last, config, settings, data)
         step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
         skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
@@ -122,8 +130,13 @@ def train(
     flop = costs_of(settings, data.latent_shape).step_flop() if peak_flops is not None and first else None
     meter = Meter(world, flop and flop / (peak_flops * world.world_size))
     shown, stopping, validated = step, False, None
+    saving: checkpoint.Saving | None = None  # what is being written while training goes on
+    written = False  # by all processes
 
-    with Watchdog(output / "stacks", world.rank, run.hang_seconds) as watchdog:
+    with (
+        copies.Copier(output, place if first else None, run, tell) as copier,
+        Watchdog(output / "stacks", world.rank, run.hang_seconds) as watchdog,
+    ):
         while True:
             watchdog.reset()
             # What is due before the next step, so that the last step needs no special case.
@@ -137,12 +150,17 @@ def train(
             if training.grid.prompts and due(step, training.grid.every_steps, shown, done):
                 weights = engine.gather(ema.stretches)
                 if weights is not None:
-                    state = weights | engine.buffers()
-                    png = sample_grid(settings, data, state, frozen, schedule, tokenizer, decode, step)
+                    weights |= engine.buffers()
+                    png = sample_grid(settings, data, weights, frozen, schedule, tokenizer, decode, step)
                     log_grid(step, png, "samples")
-            if step > saved and (step % run.checkpoint_every_steps == 0 or done):
+                del weights  # as large as the model
+            due_save = step > saved and (step % run.checkpoint_every_steps == 0 or done)
+            if saving is not None and (written or due_save):
+                settle(saving, output, run, tell, log_checkpoint, copier)
+                saving = None
+            if due_save:
                 weights = engine.gather(ema.stretches)
-                kept = checkpoint.save(
+                saving = checkpoint.Saving(
                     output,
                     step,
                     stretches=engine.states(),
@@ -158,12 +176,14 @@ def train(
                         "zero_stage": run.zero_stage,
                     },
                 )
-                if first:
-                    removed = checkpoint.retain(output, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
-                    log_checkpoint(kept, removed)
                 saved = step
+                del weights
             shown, validated = step, None  # a batch that is left out comes by here without a step
             if done:
+                if saving is not None:
+                    settle(saving, output, run, tell, log_checkpoint, copier)
+                if not stopping:
+                    copier.patience = copies.END_SECONDS
                 break
 
             if (on := after_skipped(training.skip_samples, samples_seen)) > samples_seen:
@@ -189,7 +209,7 @@ def train(
                 keys += batch.keys
 
             # The processes agree on what happened before any weight is touched. A batch that is no good counts as seen.
-            stopping, finite = meter.agree(should_stop())
+            stopping, finite, written = meter.agree(should_stop(), saving is not None and saving.is_written())
             samples_seen += training.batch_size
             try:
                 grad_norm = engine.update(learning_rate)
@@ -201,7 +221,9 @@ def train(
                 what = str(error) if finite else "the loss is not finite"
                 report = non_finite(output, what, step + 1, samples_seen, keys, meter.own_loss_is_finite)
                 if skipped > training.max_skipped_batches:
-                    raise RuntimeError(f"{report}\n{refusal(skipped, training.max_skipped_batches)}") from error
+                    if saving is not None:
+                        settle(saving, output, run, tell, log_checkpoint, copier)
+                    raise TooManyBadBatches(f"{report}\n{refusal(skipped, training.max_skipped_batches)}") from error
                 if first:
                     log_line.warning("%s\nthe batch is left out", report)
                 continue
@@ -423,6 +445,22 @@ def make_loader(
     )
 
 
+def settle(
+    saving: checkpoint.Saving,
+    output: Path,
+    run: TrainingRunConfig,
+    tell: checkpoint.Tell | None,
+    log_checkpoint: LogCheckpoint,
+    copier: copies.Copier,
+) -> None:
+    """Commits a checkpoint and removes those whose place it takes."""
+    kept = saving.commit()
+    if dist.get_rank() == 0:
+        rules = (run.keep_checkpoints, run.keep_every_steps, run.keep_best)
+        log_checkpoint(kept, checkpoint.retain(output, *rules, tell, but=copier.under_way))
+        copier.look()
+
+
 def seed_dropout(seed: int, batch: Batch) -> None:
     """Dropout inside the network depends on where in the run we are, not on what this process did before."""
     torch.manual_seed(hash((seed, int(batch.positions[0]))) & (2**63 - 1))
@@ -505,14 +543,17 @@ def sample_grid(
     step: int,
 ) -> bytes:
     """A PNG of one picture for each fixed prompt, from fixed noise, drawn by the averaged weights."""
-    prompts = settings.training.grid.prompts
-    denoiser: Denoiser = make_denoiser(settings.unet, settings.text_encoder if frozen.text_encoder is None else None)
-    denoiser.load_state_dict(weights)
+    prompts, precision, device = settings.training.grid.prompts, settings.training.precision, schedule.signal.device
+    with torch.device("meta"):  # the weights are there: none are drawn at random, and none held twice
+        denoiser = make_denoiser(settings.unet, settings.text_encoder if frozen.text_encoder is None else None)
+    denoiser.load_state_dict(weights, assign=True)
+    denoiser.eval().to(device=device, dtype=WEIGHTS.get(precision))
     denoiser.text_encoder = frozen.text_encoder or denoiser.text_encoder
-    denoiser.eval().to(schedule.signal.device)
     c, h, w = data.latent_shape
     painter = Painter(denoiser, tokenizer, schedule, settings.diffusion.prediction, (c, h, w))
     with torch.no_grad():
-        image = decode(draw_latents(painter, prompts, grid_config(settings.training)))
+        with arithmetic(precision, device.type):
+            z0 = draw_latents(painter, prompts, grid_config(settings.training))
+        image = decode(z0)
     tiles = [Tile([picture], prompt) for picture, prompt in zip(image.float().cpu(), prompts, strict=True)]
     return draw_sheet([(f"Step {step}", tiles)], math.ceil(math.sqrt(len(tiles))))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ def run(job: Job) -> Record:
 
 def prepare(job: Job) -> Prepared:
     """Decides which samples are used, goes back where that is asked for, and forgets that a run was asked to stop."""
+    from ldm.training.copies import place_of
+
     caches = caches_of(job)
     records = {cache.name: closed_records(cache.latents) for cache in caches}
     check_caches(caches, records, job)
@@ -80,7 +83,8 @@ def prepare(job: Job) -> Prepared:
     own = {shard: why for (cache, shard), why in whys.items() if not cache}
     write_whole(job.output / REASONS, reasons_file(chosen.reasons, own))
     used, known = sum(int(mask.sum()) for mask in masks.values()), sum(len(mask) for mask in masks.values())
-    rewind.go_back(job.output.path, job.what["training"], rank_journal(job))
+    copies = place_of(job.how.cluster.train.run, job.output.path)
+    rewind.go_back(job.output.path, job.what["training"], rank_journal(job), copies)
     (job.output / STOP).unlink(missing_ok=True)
     return Prepared(selections, known, used, dict(chosen.counts()))
 
@@ -205,6 +209,7 @@ def work(arguments: dict[str, Any]) -> None:
         log=lambda step, values: journal.metrics(values, step=step),
         log_grid=log_grid,
         log_checkpoint=lambda kept, removed: journal_checkpoints(journal, kept, removed),
+        tell=lambda subject, words: journal.tags({subject: words}),
         should_stop=lambda: (job.output / STOP).exists(),
         peak_flops=gpu and gpu.peak_flops,
     )  # fmt: skip
@@ -212,15 +217,18 @@ def work(arguments: dict[str, Any]) -> None:
 
 
 def decoder(job: Job) -> Any:
-    """z0 (b, c, h, w) scaled -> image (b, 3, H, W) in [-1, 1], for sample grids."""
+    """z0 (b, c, h, w) scaled -> image (b, 3, H, W) in [-1, 1], for sample grids.
+
+    The autoencoder is loaded for the first of them: most processes draw none.
+    """
     import torch
 
     from ldm.models.autoencoder import load_autoencoder
 
     settings = autoencoder_settings(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = load_autoencoder(settings, device)
-    return lambda z0: autoencoder.decode(z0.to(device) / settings.scale_factor).clamp(-1, 1)
+    autoencoder = lru_cache(lambda: load_autoencoder(settings, device))
+    return lambda z0: autoencoder().decode(z0.to(device) / settings.scale_factor).clamp(-1, 1)
 
 
 def journal_checkpoints(journal: Journal, kept: Path, removed: list[str]) -> None:

@@ -7,16 +7,18 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.training import checkpoint
-from ldm.training.checkpoint import KINDS, Stretch, newest, problems, retain, save, step_name, sweep
+from ldm.training import checkpoint, together
+from ldm.training.checkpoint import KINDS, DiskFull, Saving, Stretch, newest, problems, retain, save, step_name, sweep
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import SEED
 
@@ -56,7 +58,7 @@ def stretches(step: int, rank: int = 0, world_size: int = 1) -> list[Stretch]:
 
 def put(home: Path, *steps: int) -> None:
     """Saves checkpoints of these steps from whatever process group there is."""
-    rank, world_size = checkpoint._rank(), checkpoint._world_size()
+    rank, world_size = together.rank(), together.world_size()
     for step in steps:
         ema = weights(step)["weight"] if rank == 0 else None
         save(home, step, stretches=stretches(step, rank, world_size), ema=ema, config={"model": "tiny"},
@@ -105,6 +107,30 @@ def load(home: Path) -> int:
     return found.step
 
 
+def test_what_is_written_in_the_background_is_what_was_held_at_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, 10)
+    go_on = threading.Event()
+
+    def slowly(tensors: dict[str, Tensor], path: Path, *rest: Any) -> None:
+        assert go_on.wait(60)
+        save_file(tensors, path, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    held = stretches(20)
+    saving = Saving(tmp_path, 20, stretches=held, ema=weights(20)["weight"], config={"model": "tiny"},
+                    facts={"samples_seen": 160})  # fmt: skip
+    for stretch in held:  # the next steps of training
+        for x in stretch.tensors.values():
+            x.zero_()
+    assert not saving.is_written()
+    check_whole(newest(tmp_path), 10)
+    go_on.set()
+    assert saving.commit() == tmp_path / step_name(20) and saving.is_written()
+    check_whole(newest(tmp_path), 20)
+
+
 def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path) is None and newest(tmp_path / "absent") is None
 
@@ -146,6 +172,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: (p / "COMMITTED").write_text("0" * 64),
         "manifest.json does not have the sha256",
     ),
+    "COMMITTED of no text": (
+        lambda p: (p / "COMMITTED").write_bytes(b"\xff" * 64),
+        "manifest.json does not have the sha256",
+    ),
 }
 RANK_FILE = "rank-00000-of-00001.safetensors"
 
@@ -170,6 +200,31 @@ def test_a_run_never_starts_again_from_zero_unasked(tmp_path: Path, damage: str)
         RuntimeError, match=f"(?s)no checkpoint in .* is whole:\n  step-00000010: .*{message}.*overwrite=true"
     ):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newer_one_is_set_aside_and_never_counted(tmp_path: Path, damage: str) -> None:
+    """Of the one who trains and keeps a single checkpoint, that is the one it has just written."""
+    put(tmp_path, 10, 20)
+    hurt, message = DAMAGES[damage]
+    hurt(tmp_path / step_name(20))
+    told: list[tuple[str, str]] = []
+    check_whole(newest(tmp_path, finish=True, tell=lambda *words: told.append(words)), 10)
+    save(tmp_path, 15, stretches=stretches(15), ema={}, config={}, facts={"validation_loss": 0.5})
+    assert retain(tmp_path, 1, None, best=True) == [step_name(10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", step_name(15)]
+    assert [path.name for path in (tmp_path / "aside/001").iterdir()] == [step_name(20)]
+    ((subject, words),) = told
+    assert subject == "refused/step-00000020" and message in words and str(tmp_path / "aside/001") in words
+
+
+def test_an_older_one_that_is_damaged_meanwhile_stops_no_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, 10, 20)
+    DAMAGES["flipped byte in manifest"][0](tmp_path / step_name(10))
+    save(tmp_path, 30, stretches=stretches(30), ema={}, config={}, facts={"validation_loss": 0.5})
+    assert retain(tmp_path, 2, None, best=True) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", step_name(20), step_name(30)]
+    assert "step-00000010 lies in" in caplog.text
 
 
 def test_the_only_checkpoint_is_taken_when_nothing_but_its_marker_is_missing(tmp_path: Path) -> None:
@@ -224,7 +279,7 @@ def test_killed_in_the_first_save_nothing_or_the_whole_is_found(tmp_path: Path) 
 
 
 def put_or_die(home: Path, doomed: int, point: str, step: int) -> None:
-    if checkpoint._rank() == doomed:
+    if together.rank() == doomed:
         os.environ["LDM_CRASH_AT"] = point
     put(home, step)
 
@@ -235,6 +290,24 @@ def test_a_process_that_dies_while_writing_leaves_no_checkpoint(tmp_path: Path) 
     assert results[1] == 137 and isinstance(results[0], RuntimeError)
     check_whole(newest(tmp_path), 10)
     assert len(sweep(tmp_path)) == 1 and [path.name for path in tmp_path.iterdir()] == [step_name(10)]
+
+
+# The second process has no part in what follows its own file.
+DEATHS = [*((0, point) for point in POINTS if point != "checkpoint_old_aside"), *((1, point) for point in POINTS[:3])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("doomed", "point"), DEATHS)
+def test_either_of_two_processes_may_die_at_any_point_of_a_save(tmp_path: Path, doomed: int, point: str) -> None:
+    processes.run(put, tmp_path, 10, 20, world_size=2)
+    results = processes.run(put_or_die, tmp_path, doomed, point, 30, world_size=2)
+    assert results[doomed] == 137, f"was not killed at {point}"
+    late = point in ("checkpoint_after_committed", "checkpoint_in_removal")
+    assert processes.run(load, tmp_path, world_size=2) == [30 if late else 20] * 2
+    sweep(tmp_path)
+    processes.run(put, tmp_path, 30, world_size=2)
+    assert processes.run(load, tmp_path, world_size=2) == [30, 30]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [step_name(20), step_name(30)]
 
 
 def test_committed_before_the_others_have_written_would_be_torn(tmp_path: Path) -> None:
@@ -260,7 +333,7 @@ def put_on_a_full_disk(home: Path, step: int) -> None:
 def test_a_full_disk_stops_the_save_and_keeps_what_was_there(tmp_path: Path) -> None:
     put(tmp_path, 10)
     (error,) = processes.run(put_on_a_full_disk, tmp_path, 20)
-    assert isinstance(error, RuntimeError)
+    assert isinstance(error, DiskFull) and error.stops_the_run
     assert "step-00000020 could not be written (process 0:" in str(error) and "File too large" in str(error)
     assert "older checkpoints stay as they are" in str(error)
     check_whole(newest(tmp_path), 10)

@@ -39,14 +39,14 @@ GRID = SampleGridConfig(every_steps=4, prompts=["0 1", "1 2", "what"], steps=2, 
 def work(
     what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig, stop_at: int | None = None
 ) -> dict[str, Any]:
-    """One process of a training run; process 1 asks to stop when it was asked `stop_at` times whether to."""
+    """One process of a training run; the last one asks to stop when it was asked `stop_at` times whether to."""
     logged: list[tuple[int, dict[str, float]]] = []
     grids: list[tuple[int, bytes, str]] = []
     asked = [0]
 
     def should_stop() -> bool:
         asked[0] += 1
-        return int(os.environ["RANK"]) == 1 and asked[0] == stop_at
+        return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and asked[0] == stop_at
 
     def decode(z0: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(z0[:, [0, 1, 0]], scale_factor=8).clamp(-1, 1)
@@ -102,20 +102,47 @@ def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(
     assert weights_of(tmp_path, 20) != weights_of(output, 40)
 
 
+# ---- T3 ----------------------------------------------------------------------------------------------------
+def without_dropout() -> TrainSettings:
+    """Inside the network, where its draws depend on who computes which sample."""
+    what = settings(log_every_steps=1)
+    return replace(what, unet=replace(what.unet, dropout=0.0))
+
+
+@pytest.fixture(scope="module")
+def never_moved(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """40 steps of two processes, and their losses."""
+    output = tmp_path_factory.mktemp("two")
+    first, _ = two(without_dropout(), data, output, RUN_2)
+    return output, [values["loss"] for _, values in first["logged"]]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 1, 2)], ids=str)
 def test_another_number_of_processes_goes_on_within_a_thousandth(
-    data: TrainData, straight: tuple[Path, list[Any]], tmp_path: Path
+    data: TrainData, never_moved: tuple[Path, list[float]], tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
-    """Without dropout inside the network, whose draws depend on who computes which sample."""
-    what = replace(settings(), unet=replace(settings().unet, dropout=0.0))
-    run = replace(RUN, zero_stage=2)
-    two(what, data, tmp_path / "two", replace(run, checkpoint_every_steps=20))
-    whole = load_file(tmp_path / "two" / step_name(40) / "ema.safetensors")
-    two(what, data, tmp_path / "moved", run, 20)
-    (alone,) = processes.run(work, what, data, tmp_path / "moved", replace(run, zero_stage=1))
-    assert alone["step"] == 40
-    moved = load_file(tmp_path / "moved" / step_name(40) / "ema.safetensors")
+    """At other ZeRO stages too. Every loss is that of the run that never moved, also the first one after a move."""
+    losses: list[float] = []
+    for i, world_size in enumerate(sizes):
+        stop_at = None if i == len(sizes) - 1 else 10
+        run = replace(RUN_2, zero_stage=(2, 1, 3)[i])
+        first = processes.run(work, without_dropout(), data, tmp_path, run, stop_at, world_size=world_size)[0]
+        assert first["step"] == (stop_at * (i + 1) if stop_at else 40)
+        losses += [values["loss"] for _, values in first["logged"]]
+    output, expected = never_moved
+    assert losses == pytest.approx(expected, rel=1e-3) and len(losses) == 40
+    whole, moved = (load_file(home / step_name(40) / "ema.safetensors") for home in (output, tmp_path))
     assert max((whole[name] - moved[name]).abs().max().item() for name in whole) < 1e-3
+    # The twin: the comparison sees what one step less would have been.
+    assert losses[1:] != pytest.approx(expected[:-1], rel=1e-3)
+
+
+def test_a_checkpoint_written_beside_the_next_steps_is_the_one_of_its_own(data: TrainData, tmp_path: Path) -> None:
+    run = replace(RUN, checkpoint_every_steps=3, keep_checkpoints=9)
+    two(settings(max_steps=6, warmup_steps=2), data, tmp_path / "beside", run)
+    two(settings(max_steps=6, warmup_steps=2), data, tmp_path / "stopped", run, 3)
+    assert weights_of(tmp_path / "beside", 3) == weights_of(tmp_path / "stopped", 3)
 
 
 # ---- what is seen of it ------------------------------------------------------------------------------------
@@ -210,7 +237,7 @@ def test_a_batch_that_is_no_good_is_left_out_and_the_next_but_one_too_until_ther
     run = replace(RUN, zero_stage=stage, checkpoint_every_steps=1, keep_checkpoints=100)
     what = settings(max_steps=20, max_skipped_batches=2, log_every_steps=1)
     results = processes.run(work, what, data, output, run, world_size=2)
-    assert all("this is batch 3 that is no good" in str(error) for error in results)
+    assert all("this is batch 3 that is no good" in str(error) and error.stops_the_run for error in results)
     notes = [json.loads(path.read_text()) for path in sorted((output / "skipped").iterdir())]
     assert [note["reason"] for note in notes] == ["the loss is not finite"] * 3
     assert all("000666000" in [key for keys in note["keys"].values() for key in keys] for note in notes)

@@ -1,0 +1,50 @@
+"""What the processes of a training tell each other: small values, and errors, which are then errors of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: Result) -> list[Result]:
+    """The values of all processes, on every one of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Result) -> Result:
+    return gather(value)[0]
+
+
+def each(work: Callable[[], Result]) -> list[Result]:
+    """What every process makes of it, on every one of them; where one meets an OSError, all of them raise it."""
+    result, error = None, None
+    try:
+        result = work()
+    except OSError as raised:
+        error = raised
+    outcomes = gather((result, error))
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def by_first(work: Callable[[], Result]) -> Result:
+    """What the first process makes of it, in all of them."""
+    return each(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
