@@ -51,10 +51,10 @@ def _is_stale(text: str, age: float) -> bool:
 
 
 class _FileSlot:
-    """The lock as a file."""
+    """The lock as a file. Its holder is whom it names, by a token of their own."""
 
     def __init__(self, path: Path, holder: dict[str, Any]) -> None:
-        self.path, self.holder = path, holder
+        self.path, self.text = path, json.dumps(holder)
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def take(self) -> bool:
@@ -63,7 +63,7 @@ class _FileSlot:
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as file:
-            json.dump(self.holder, file)
+            file.write(self.text)
         return True
 
     def take_over(self) -> bool:
@@ -83,15 +83,25 @@ class _FileSlot:
         return self.take()
 
     def held_by(self) -> str:
-        return self.path.read_text() if self.path.exists() else "{}"
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return "{}"
 
     def beat(self) -> bool:
-        if self.path.exists():
-            os.utime(self.path)
-        return self.path.exists()
+        try:
+            mine = self.held_by() == self.text
+            if mine:
+                os.utime(self.path)
+        except OSError:  # the next beat may come through; a minute without one and the lock may be taken
+            return True
+        return mine
 
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def release(self) -> bool:
+        mine = self.held_by() == self.text
+        if mine:
+            self.path.unlink(missing_ok=True)
+        return mine
 
 
 class _ObjectSlot:
@@ -136,15 +146,20 @@ class _ObjectSlot:
         self.version = version or self.version
         return version is not None
 
-    def release(self) -> None:
+    def release(self) -> bool:
         now = storage.look(self.path)
-        if now is not None and now.version == self.version:
+        mine = now is not None and self.holder["token"].encode() in now.data
+        if mine:
             storage.remove([self.path])
+        return mine
 
 
 @contextmanager
 def lock(path: str | Path, what: str) -> Iterator[None]:
-    """Holds `path` as a lock for the time of the block. Raises LockedError naming the holder when it is taken."""
+    """Holds `path` as a lock for the time of the block. Raises LockedError naming the holder when it is taken.
+
+    A lock that was lost meanwhile is neither beaten nor removed any more, and told of by a LockedError after the block.
+    """
     me = {
         "what": what, "pid": os.getpid(), "started": _started(os.getpid()), "machine": _machine(),
         "host": socket.gethostname(), "token": uuid.uuid4().hex,
@@ -156,12 +171,11 @@ def lock(path: str | Path, what: str) -> Iterator[None]:
             f"{path} is held by another run: {slot.held_by()}. Wait for it to end; a holder on another machine that is "
             f"gone is replaced {STALE_SECONDS:.0f} s after its last heartbeat."
         )
-    stop, lost = threading.Event(), threading.Event()
+    stop = threading.Event()
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             if not slot.beat():
-                lost.set()
                 return
 
     thread = threading.Thread(target=beat, name="lock-heartbeat", daemon=True)
@@ -171,8 +185,8 @@ def lock(path: str | Path, what: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        slot.release()
-    if lost.is_set():
+        kept = slot.release()
+    if not kept:
         raise LockedError(
             f"{path} was taken by another run after {STALE_SECONDS:.0f} s without a heartbeat of this one: "
             f"{slot.held_by()}. What both wrote is whole, shard by shard; the same command checks it"

@@ -106,6 +106,25 @@ def test_the_heartbeat_is_a_put_on_s3_and_a_lock_that_was_lost_is_told_of(
     assert storage.read(path) == b'{"who": "thief"}'  # neither beaten nor removed by who lost it
 
 
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_holder_that_was_replaced_while_it_slept_leaves_the_lock_alone_and_hears_of_it(
+    home: Any, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    """As a machine does that is stopped for longer than a minute; it may end before its next heartbeat or after it."""
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.02 if beats else 60.0)
+    path, successor = home / "lock", json.dumps({"who": "its successor"})
+    with pytest.raises(LockedError, match='taken by another run .*"who": "its successor"'), lock(path, "me"):
+        path.unlink()
+        path.write_text(successor)
+        os.utime(path, (0, 0)) if not is_remote(path) else None
+        until = time.monotonic() + 30
+        while beats and "lock-heartbeat" in {thread.name for thread in threading.enumerate()}:
+            assert time.monotonic() < until, "it goes on beating a lock that is not its own"
+            time.sleep(0.02)
+    assert path.read_text() == successor
+    assert is_remote(path) or path.stat().st_mtime == 0
+
+
 def test_a_store_that_ignores_conditions_is_refused(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
