@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
+import time
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
-RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="resolver")  # name lookups under way in one process
+# Name lookups under way in one process, as many as there are hosts that do not answer: no lookup can be ended, and its
+# own time-outs are longer than a deadline, so that each thread which fetches may have left several behind.
+RESOLVERS = ThreadPoolExecutor(512, thread_name_prefix="resolver")
+KEPT_SECONDS = 60.0  # for which an answer is used again
+NAMES_KEPT = 10_000
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that has been given out; the rest of IPv6 leads nowhere public
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address behind NAT64 (RFC 6052)
 NOT_GLOBAL = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20")))  # newer than some versions of Python
@@ -21,20 +28,36 @@ class AddressError(Exception):
         self.reason = reason
 
 
-def public_address(host: str, seconds: float) -> str:
-    """One address of a host, all of whose addresses are public. Raises AddressError.
+class Names:
+    """The addresses of hosts, for one process. Each host is looked up once at a time, for all who ask meanwhile."""
 
-    The system's resolver knows no deadline, so it runs on a thread of its own that may be left behind.
-    """
-    answer: Future[list[str]] = RESOLVERS.submit(_addresses, host)
-    try:
-        addresses = answer.result(seconds)
-    except (OSError, UnicodeError, FutureTimeout) as error:
-        answer.cancel()
-        raise AddressError("dns") from error
-    if not addresses or not all(map(is_public, addresses)):
-        raise AddressError("blocked_address")
-    return addresses[0]
+    def __init__(self) -> None:
+        self.lookups: OrderedDict[str, tuple[Future[list[str]], float]] = OrderedDict()  # and until when it is used
+        self.lock = threading.Lock()
+
+    def address(self, host: str, seconds: float) -> str:
+        """One address of a host, all of whose addresses are public. Raises AddressError.
+
+        The system's resolver knows no deadline, so it runs on a thread of its own that may be left behind.
+        """
+        try:
+            addresses = self._lookup(host).result(seconds)
+        except (OSError, UnicodeError, FutureTimeout) as error:
+            raise AddressError("dns") from error
+        if not addresses or not all(map(is_public, addresses)):
+            raise AddressError("blocked_address")
+        return addresses[0]
+
+    def _lookup(self, host: str) -> Future[list[str]]:
+        """A lookup that is under way, or what came of one not long ago; what failed is tried again."""
+        with self.lock:
+            lookup, until = self.lookups.pop(host, (None, 0.0))
+            if lookup is None or (lookup.done() and (time.monotonic() >= until or lookup.exception())):
+                lookup, until = RESOLVERS.submit(_addresses, host), time.monotonic() + KEPT_SECONDS
+            self.lookups[host] = lookup, until
+            if len(self.lookups) > NAMES_KEPT:
+                self.lookups.popitem(last=False)
+        return lookup
 
 
 def _addresses(host: str) -> list[str]:

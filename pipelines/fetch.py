@@ -1,10 +1,10 @@
 """Fetches one URL safely and politely.
 
 Safe: http and https only, on their own ports; every host, also after a redirect, must resolve to public addresses only,
-and the connection goes to the very address that was checked; a total deadline for all that a URL may cost, a cap on
-its bytes, a few redirects. Polite: an honest user agent, robots.txt, opt-out headers read before the body, a budget
-for each host (of all workers of a run, where they share one), and retries only where a retry can help. Whatever goes
-wrong becomes one short word.
+and the connection goes to the very address that was checked; a total deadline for all that a URL may cost, a cap on its
+bytes and on those of all bodies together, a few redirects. Polite: an honest user agent, robots.txt, opt-out headers
+read before the body, a budget for each host (of all workers of a run, where they share one), and retries only where a
+retry can help. Whatever goes wrong becomes one short word.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from urllib3 import HTTPHeaderDict
 
-from pipelines.addresses import AddressError, public_address
+from pipelines.addresses import AddressError, Names
 from pipelines.budgets import Ask, HostBudgets, Turns
 from pipelines.robots import Robots, parse_robots
+from pipelines.room import SMALL_BYTES, Room, Share
 from pipelines.settings import DownloadConfig
 from pipelines.wire import Deadline, FetchError, Target, Wire, bracketed
 
@@ -29,9 +32,12 @@ WORTH_RETRYING = ("http_429", "http_500", "http_502", "http_503", "http_504", "t
 OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex", "noml", "none")
 KEPT_BY_QUOTE = "/%:@!$&'()*+,;=~-._"
 STAND_IN_GONE = "stand_in_gone"  # the one reason that says nothing about the URL: our own server has ended
-ROBOTS_BYTES = 1 << 19
+ROBOTS_BYTES = SMALL_BYTES
 ROBOTS_SECONDS = 24 * 3600.0  # after which a host is asked again
+NO_ROBOTS_SECONDS = 600.0  # after which a host is that could not say; RFC 9309 bounds it by what is reasonable
+LARGEST_BODIES = 4  # of max_bytes each, that a process has room for at once; or more that are smaller
 HOSTS_KEPT = 10_000  # hosts that a process remembers
+Found = TypeVar("Found")
 
 
 class Host:
@@ -39,7 +45,12 @@ class Host:
 
     def __init__(self) -> None:
         self.asking = threading.Lock()
-        self.robots: dict[str, tuple[Robots, float]] = {}  # scheme -> rules, and until when they hold
+        # scheme -> rules, or in one word why the host cannot say; and until when that holds
+        self.robots: dict[str, tuple[Robots | str, float]] = {}
+
+
+class ForbiddenError(FetchError):
+    """A URL of a host that cannot say what it allows: the host was asked for all its URLs, and is left alone."""
 
 
 class Fetcher:
@@ -54,24 +65,41 @@ class Fetcher:
             raise ValueError(f"dataset.connect={connect}; expected ADDRESS:PORT, or null")
         self.settings = settings
         self.stand_in = (address, int(port)) if connect is not None else None
-        self.wire = Wire(settings.user_agent)
+        self.wire, self.room = Wire(settings.user_agent), Room(LARGEST_BODIES * settings.max_bytes)
+        self.names = Names()
         rate = settings.requests_per_second
         self.turns = None if rate is None else Turns(HostBudgets().ask, rate)
         self.hosts: OrderedDict[str, Host] = OrderedDict()
         self.lock = threading.Lock()
 
-    def fetch(self, url: str) -> bytes:
-        """The bytes behind a URL. Raises FetchError with a one-word reason, and nothing else."""
-        deadline, tried = Deadline(self.settings.deadline_seconds), 0
+    def fetch(self, url: str, share: Share | None = None) -> bytes | memoryview:
+        """The bytes behind a URL. Raises FetchError with a one-word reason, and nothing else.
+
+        They take room in memory, which a `share` holds until it is given back; without one they are not counted.
+        """
+        deadline, held = Deadline(self.settings.deadline_seconds), share or Share(self.room)
+        try:
+            return self._try(lambda: self._follow(url, deadline, held), deadline)
+        except FetchError as error:
+            if error.reason == "connection" and not self._stand_in_answers():
+                raise FetchError(STAND_IN_GONE) from error
+            raise
+        finally:
+            if share is None:
+                held.free()
+
+    def _try(self, ask: Callable[[], Found], deadline: Deadline) -> Found:
+        """What `ask` returns, asked again after a pause where that can help and the deadline allows it."""
+        tried = 0
         while True:
             try:
-                return self._follow(url, deadline)
+                return ask()
+            except ForbiddenError:
+                raise
             except FetchError as error:
                 backoff = self.settings.backoff_seconds * 2**tried * random.uniform(1, 1.5)
                 wait = max(error.retry_after, backoff)
                 if error.reason not in WORTH_RETRYING or tried == self.settings.retries or wait >= deadline.left():
-                    if error.reason == "connection" and not self._stand_in_answers():
-                        raise FetchError(STAND_IN_GONE) from error
                     raise
             time.sleep(wait)
             tried += 1
@@ -85,15 +113,16 @@ class Fetcher:
         """Closes the connections that are kept for the next URL."""
         self.wire.close()
 
-    def _follow(self, url: str, deadline: Deadline) -> bytes:
+    def _follow(self, url: str, deadline: Deadline, share: Share) -> bytes | memoryview:
         for _ in range(self.settings.max_redirects + 1):
             target = self._resolve(url, deadline)
             if self.settings.respect_robots and not self._robots(target, deadline).allows(target.path):
                 raise FetchError("robots")
             deadline.at += self._await_turn(target.host)
-            answer = self.wire.get(target, deadline, self.settings.max_bytes, check=self._refuse_opt_out)
+            answer = self.wire.get(target, deadline, self.settings.max_bytes, share, check=self._refuse_opt_out)
             if answer.location is None:
                 return answer.body
+            share.free()
             url = _join(url, answer.location)
         raise FetchError("redirect_loop")
 
@@ -117,7 +146,7 @@ class Fetcher:
         if self.stand_in is not None and host.endswith(".test"):
             return Target(parts.scheme, host, *self.stand_in, path)
         try:
-            return Target(parts.scheme, host, public_address(host, deadline.left()), PORTS[parts.scheme], path)
+            return Target(parts.scheme, host, self.names.address(host, deadline.left()), PORTS[parts.scheme], path)
         except AddressError as error:
             raise FetchError(error.reason) from error
 
@@ -140,18 +169,29 @@ class Fetcher:
             return host
 
     def _robots(self, target: Target, deadline: Deadline) -> Robots:
-        """What robots.txt allows; one thread asks, the others of the host wait for its answer."""
-        host = self._host(target.host)
-        if not host.asking.acquire(timeout=deadline.left()):
-            raise FetchError("timeout")
-        try:
-            rules, until = host.robots.get(target.scheme, (Robots(), 0.0))
+        """What robots.txt allows; one thread asks, the others of the host wait for its answer.
+
+        It is asked for all URLs of the host, so that whoever asks or waits loses nothing of its own deadline.
+        """
+        begun, host = time.monotonic(), self._host(target.host)
+        with host.asking:
+            said, until = host.robots.get(target.scheme, ("", 0.0))
             if time.monotonic() >= until:
-                rules = parse_robots(self._robots_text(target, deadline), self.settings.user_agent)
-                host.robots[target.scheme] = rules, time.monotonic() + ROBOTS_SECONDS
-            return rules
-        finally:
-            host.asking.release()
+                said, seconds = self._ask_robots(target)
+                host.robots[target.scheme] = said, time.monotonic() + seconds
+        deadline.at += time.monotonic() - begun
+        if isinstance(said, str):
+            raise ForbiddenError(said)
+        return said
+
+    def _ask_robots(self, target: Target) -> tuple[Robots | str, float]:
+        """(the rules of a host, or in one word why it cannot say; for how many seconds that holds)."""
+        deadline = Deadline(self.settings.deadline_seconds)
+        try:
+            text = self._try(lambda: self._robots_text(target, deadline), deadline)
+        except FetchError as error:
+            return error.reason, max(NO_ROBOTS_SECONDS, min(error.retry_after, ROBOTS_SECONDS))
+        return parse_robots(text, self.settings.user_agent), ROBOTS_SECONDS
 
     def _robots_text(self, target: Target, deadline: Deadline) -> str:
         """A host without robots.txt allows everything (4xx); one that cannot say forbids everything (it raises)."""
@@ -160,13 +200,13 @@ class Fetcher:
             at = self._resolve(url, deadline)
             deadline.at += self._await_turn(at.host)
             try:
-                answer = self.wire.get(at, deadline, ROBOTS_BYTES, cut=True)
+                answer = self.wire.get(at, deadline, ROBOTS_BYTES, Share(self.room), cut=True)
             except FetchError as error:
                 if error.reason.startswith("http_4") and error.reason != "http_429":
                     return ""
                 raise
             if answer.location is None:
-                return answer.body.decode("utf-8", "replace")
+                return bytes(answer.body).decode("utf-8", "replace")
             url = _join(url, answer.location)
         return ""  # RFC 9309: after enough redirects there is none
 

@@ -55,7 +55,7 @@ class DownloadConfig:
     encode_format: str  # of what is stored: jpg, or png, which is exact and several times larger
     encode_quality: int  # of jpg, 1 to 95
     max_pixels: int  # of a picture before decoding
-    max_bytes: int  # of a body
+    max_bytes: int  # of a body; all in a worker take four times as much at most, beside the first 512 KiB of each
     deadline_seconds: float  # for all that one URL may cost, retries and redirects included
     retries: int
     backoff_seconds: float  # before the first retry; doubles

@@ -16,13 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.client import HTTPException
+from io import BytesIO
+from mmap import mmap
 
 from urllib3 import HTTPHeaderDict
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 from urllib3.exceptions import TimeoutError as WireTimeout
 from urllib3.response import BaseHTTPResponse
+
+from pipelines.room import SMALL_BYTES, Share
 
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16
@@ -116,7 +121,7 @@ class Answer:
 
     headers: HTTPHeaderDict
     location: str | None  # where a redirect leads
-    body: bytes
+    body: bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -142,21 +147,22 @@ class Wire:
         self.lock = threading.Lock()
 
     def get(
-        self, target: Target, deadline: Deadline, max_bytes: int, *,
+        self, target: Target, deadline: Deadline, max_bytes: int, share: Share, *,
         check: Callable[[HTTPHeaderDict], None] | None = None, cut: bool = False,
     ) -> Answer:  # fmt: skip
         """Asks for a target. `check` sees the headers before the body comes; `cut` takes the beginning of a long body.
 
-        Raises FetchError, and nothing else. An idle connection that turns out dead is replaced once.
+        `share` holds the room that the body takes, until whoever has the body gives it back; waiting for room moves the
+        deadline. Raises FetchError, and nothing else. An idle connection that turns out dead is replaced once.
         """
         line = self._take_idle(target)
         if line is not None:
             try:
-                return self._exchange(line, target, deadline, max_bytes, check, cut)
+                return self._exchange(line, target, deadline, max_bytes, share, check, cut)
             except FetchError as error:
                 if error.reason != "connection":
                     raise
-        return self._exchange(self._open(target, deadline), target, deadline, max_bytes, check, cut)
+        return self._exchange(self._open(target, deadline), target, deadline, max_bytes, share, check, cut)
 
     def _open(self, target: Target, deadline: Deadline) -> Line:
         """Connects to the very address that was checked; TLS asks for, and insists on, the host's name."""
@@ -175,7 +181,7 @@ class Wire:
         return line
 
     def _exchange(
-        self, line: Line, target: Target, deadline: Deadline, max_bytes: int,
+        self, line: Line, target: Target, deadline: Deadline, max_bytes: int, share: Share,
         check: Callable[[HTTPHeaderDict], None] | None, cut: bool,
     ) -> Answer:  # fmt: skip
         try:
@@ -189,10 +195,12 @@ class Wire:
                 _check_status(response)
                 if check and response.status == 200:
                     check(response.headers)
-                body, whole = _read(response, max_bytes, deadline, cut)
+                body, whole = _read(response, max_bytes, deadline, cut, partial(_make_room, line, deadline, share))
         except FetchError:
             line.close()
+            share.free()
             raise
+        share.keep(len(body))
         self._keep(line, target, whole and response.headers.get("Connection", "").lower() != "close")
         location = response.headers.get("Location") if response.status in REDIRECTS else None
         return Answer(response.headers, location, body)
@@ -257,23 +265,45 @@ def retry_after(text: str) -> float:
         return 0.0
 
 
-def _read(response: BaseHTTPResponse, max_bytes: int, deadline: Deadline, cut: bool) -> tuple[bytes, bool]:
-    """(body, whether it is all), chunk by chunk as it comes, so that neither a drip nor a flood goes unnoticed."""
+def _make_room(line: Line, deadline: Deadline, share: Share, size: int) -> None:
+    """Waits for the room of a large body. Meanwhile its server waits too, and no deadline passes."""
+    WATCHDOG.forget(line.handle)
+    deadline.at += share.take(size)
+    WATCHDOG.watch(line.handle, deadline)
+
+
+def _read(
+    response: BaseHTTPResponse, max_bytes: int, deadline: Deadline, cut: bool, make_room: Callable[[int], None]
+) -> tuple[bytes | memoryview, bool]:
+    """(body, whether it is all), chunk by chunk as it comes, so that neither a drip nor a flood goes unnoticed.
+
+    A large one lies in pages of its own, which go back with it: malloc keeps for each thread what it once had.
+    """
     length = response.headers.get("Content-Length", "")
     told = int(length) if length.isascii() and length.isdigit() else None
     if told is not None and told > max_bytes and not cut:
         raise FetchError("too_large")
-    parts, size = [], 0
+    body: BytesIO | mmap = BytesIO()
+    size, most = 0, max_bytes if told is None else min(told, max_bytes)
     while chunk := response.read1(CHUNK_BYTES):
-        parts.append(chunk)
-        size += len(chunk)
-        if size > max_bytes:
+        if size + len(chunk) > most:
             if cut:
-                return b"".join(parts)[:max_bytes], False
-            raise FetchError("too_large")
+                return (body.getvalue() + chunk)[:most], False  # it was small
+            raise FetchError("too_large" if told is None else "connection")
+        if size <= SMALL_BYTES < size + len(chunk):
+            make_room(most)
+            body = _in_pages(body.getvalue(), most)
+        body.write(chunk)
+        size += len(chunk)
     # What the watchdog cut off can look like an answer that ended: nothing that comes after the deadline counts.
     if deadline.passed():
         raise FetchError("timeout")
     if told is not None and size != told:
         raise FetchError("connection")
-    return b"".join(parts), True
+    return body.getvalue() if isinstance(body, BytesIO) else memoryview(body)[:size], True
+
+
+def _in_pages(start: bytes, size: int) -> mmap:
+    pages = mmap(-1, size)
+    pages.write(start)
+    return pages

@@ -41,6 +41,7 @@ from pipelines.dag import Job
 from pipelines.fetch import STAND_IN_GONE, Fetcher
 from pipelines.manifest import Record, read_json, shard_name
 from pipelines.quarantine import QUARANTINED
+from pipelines.room import Body, Share
 from pipelines.settings import DownloadConfig
 from pipelines.wire import FetchError
 
@@ -86,7 +87,7 @@ class Arrivals:
         self.hashes: dict[int, tuple[str, str]] = {}
         self.asked, self.arrived, self.given_up = 0, 0, False
 
-    def note(self, number: int, body: bytes) -> None:
+    def note(self, number: int, body: bytes | memoryview) -> None:
         self.hashes[number] = (
             hashlib.md5(body, usedforsecurity=False).hexdigest(), hashlib.sha256(body).hexdigest(),
         )  # fmt: skip
@@ -154,16 +155,17 @@ class PixelResizer:
             raise ValueError(f"dataset.download.encode_format={settings.encode_format}; expected {expected}")
         self.settings, self.encode = settings, ENCODERS[settings.encode_format]
 
-    def __call__(self, stream: io.BytesIO, bounding_boxes: Any = None) -> tuple[Any, ...]:
+    def __call__(self, stream: io.BytesIO | Body, bounding_boxes: Any = None) -> tuple[Any, ...]:
         """(bytes or None, width, height, original width, original height, reason or None)."""
+        body = stream.getvalue()
         try:
             small, original, as_it_came = decode_small(
-                stream.getvalue(), self.settings.image_size, max_pixels=self.settings.max_pixels
+                body, self.settings.image_size, max_pixels=self.settings.max_pixels
             )
         except ImageError as error:
             return None, None, None, None, None, error.reason
         (height, width), (original_height, original_width) = small.shape[:2], original
-        data = self._stored(small, stream.getvalue() if as_it_came else None)
+        data = self._stored(small, body if as_it_came else None)
         return data, width, height, original_width, original_height, None
 
     def _stored(self, rgb: np.ndarray, jpeg: bytes | None) -> bytes:
@@ -199,16 +201,17 @@ def fetching_with(fetcher: Fetcher, arrivals: Arrivals) -> Iterator[None]:
     """img2dataset's fetcher seam: for the time of the block it fetches with ours, which must never raise in there."""
     module = load_downloader()
 
-    def fetch(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
+    def fetch(row: tuple[int, str], **_: Any) -> tuple[int, Body | None, str | None]:
         number, url = row
         if arrivals.given_up:
             return number, None, GIVEN_UP
+        share = Share(fetcher.room)
         try:
-            body = fetcher.fetch(url)
+            body = fetcher.fetch(url, share)
         except FetchError as error:
             return number, None, error.reason
         arrivals.note(number, body)
-        return number, io.BytesIO(body), None
+        return number, Body(body, share), None
 
     original = module.download_image_with_retry
     module.download_image_with_retry = fetch

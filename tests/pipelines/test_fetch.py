@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +19,10 @@ from typing import Any
 import pytest
 
 from pipelines import addresses, fetch, wire
-from pipelines.addresses import is_public
+from pipelines.addresses import AddressError, Names, is_public
 from pipelines.config import compose
 from pipelines.fetch import Fetcher
+from pipelines.room import Body, Room, Share
 from pipelines.wire import FetchError
 from tests.pipelines.unkind_server import Unkind, certificate, drip_handshake, raw_server, unkind_server
 
@@ -312,6 +314,107 @@ def test_tls_insists_on_a_certificate_for_the_hosts_own_name(
         assert reason(fetcher, "https://b.test/good") == "tls"
 
 
+@pytest.fixture
+def lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often each host was looked up; those called slow* do not answer before the end of the test."""
+    asked, end = Counter[str](), threading.Event()
+
+    def getaddrinfo(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked[host] += 1
+        if host.startswith("slow"):
+            end.wait(60)
+        if host == "gone.example" and asked[host] == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        ip = "127.0.0.1" if host == "moves.example" and asked[host] > 1 else "93.184.216.34"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield asked
+    end.set()
+
+
+def said_of(names: Names, host: str, seconds: float) -> str:
+    try:
+        return names.address(host, seconds)
+    except AddressError as error:
+        return error.reason
+
+
+def test_hosts_that_are_slow_to_find_keep_no_other_waiting(lookups: Counter[str]) -> None:
+    names, slow = Names(), [f"slow{i}.example" for i in range(64)]
+    with ThreadPoolExecutor(192) as pool:
+        assert set(pool.map(lambda host: said_of(names, host, 0.2), slow * 3)) == {"dns"}
+    assert lookups == dict.fromkeys(slow, 1), "one lookup for all who ask for a host"
+    assert said_of(names, "well.example", 30) == "93.184.216.34"
+
+
+def test_an_address_is_remembered_for_a_while_and_checked_at_every_use(
+    lookups: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names()
+    assert {said_of(names, "moves.example", 30) for _ in range(5)} == {"93.184.216.34"} and lookups.total() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(addresses, "is_public", lambda ip: False)
+        assert said_of(names, "moves.example", 30) == "blocked_address" and lookups.total() == 1
+    monkeypatch.setattr(addresses, "KEPT_SECONDS", 0.0)
+    names = Names()
+    assert [said_of(names, "moves.example", 30) for _ in range(2)] == ["blocked_address"] * 2 and lookups.total() == 3
+
+
+def test_a_failure_is_not_remembered_and_no_more_than_so_many_addresses(
+    lookups: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names()
+    assert [said_of(names, "gone.example", 30) for _ in range(3)] == ["dns", "93.184.216.34", "93.184.216.34"]
+    monkeypatch.setattr(addresses, "NAMES_KEPT", 10)
+    for i in range(50):
+        said_of(names, f"{i}.example", 30)
+    assert len(names.lookups) == 10
+
+
+# -- room for bodies --------------------------------------------------------------------------------------------------
+def test_who_waits_for_room_gets_it_in_turn_and_there_is_never_more() -> None:
+    room, most, lock = Room(1000), [0], threading.Lock()
+
+    def hold(size: int) -> None:
+        share = Share(room)
+        share.take(size)
+        with lock:
+            most[0] = max(most[0], room.size - room.left)
+        time.sleep(0.001)
+        share.keep(size // 2)
+        share.free()
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(hold, [1000, 10, 400, 999, 250] * 40))
+    assert room.left == room.size and not room.waiting and 500 < most[0] <= 1000
+    with pytest.raises(ValueError, match="1001 bytes never fits into a room of 1000"):
+        Share(room).take(1001)
+
+
+def test_a_body_takes_room_as_long_as_it_is_there(address: str, make: Callable[..., Fetcher]) -> None:
+    fetcher = make(address, max_bytes=1_000_000, respect_robots=False)
+    share = Share(fetcher.room)
+    body = Body(fetcher.fetch("http://a.test/untold", share), share)
+    assert fetcher.room.size - fetcher.room.left == len(body.getvalue()) == 600_000
+    del body, share
+    assert fetcher.room.left == fetcher.room.size, "given back with the last hold of it"
+    assert reason(fetcher, "http://a.test/endless") == "too_large" and fetcher.room.left == fetcher.room.size
+    assert len(fetcher.fetch("http://a.test/untold")) == 600_000 and fetcher.room.left == fetcher.room.size
+
+
+def test_waiting_for_room_costs_no_deadline(address: str, make: Callable[..., Fetcher]) -> None:
+    fetcher = make(address, max_bytes=1_000_000, respect_robots=False, deadline_seconds=2.0, retries=0)
+    others = Share(fetcher.room)
+    others.take(fetcher.room.size)
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [pool.submit(fetcher.fetch, "http://a.test/untold") for _ in range(8)]
+        time.sleep(3)
+        assert not any(body.done() for body in bodies)
+        others.free()
+        assert {len(body.result()) for body in bodies} == {600_000}
+
+
 # -- manners ----------------------------------------------------------------------------------------------------------
 RULES = {"status": 200, "body": b"User-agent: *\nDisallow: /private/\nDisallow: /*.gif$\n"}
 
@@ -349,6 +452,46 @@ def test_robots_txt_that_has_moved_fails_is_forbidden_turns_in_circles_or_is_too
     monkeypatch.setattr(Unkind, "on_private/", Unkind.on_private, raising=False)  # type: ignore[attr-defined]
     url = "http://r.test/private/"
     assert (reason(fetcher, url) if expected else fetcher.fetch(url).decode()) == (expected or "secret")
+
+
+def test_a_host_that_cannot_say_what_it_allows_is_asked_once_for_all_its_urls(
+    fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Unkind, "robots", {"status": 503})
+    urls = [f"http://r.test/good?{i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda url: reason(fetcher, url), urls)) == {"http_503"}
+    assert Unkind.hits == {"/robots.txt": 1 + SETTINGS.retries}
+    monkeypatch.setattr(fetch, "NO_ROBOTS_SECONDS", 0.0)
+    for host in "st":  # and again after a while
+        assert reason(fetcher, f"http://{host}.test/good") == "http_503"
+    monkeypatch.setattr(Unkind, "robots", {"status": 404})
+    assert fetcher.fetch("http://t.test/good") == b"picture of t.test"
+    assert reason(fetcher, "http://r.test/good") == "http_503"
+
+
+def test_a_dead_host_is_asked_once_for_all_its_urls(make: Callable[..., Fetcher]) -> None:
+    asked: list[bytes] = []
+
+    def hang_up(connection: socket.socket) -> None:
+        if request := connection.recv(4096):
+            asked.append(request.splitlines()[0])
+
+    with raw_server(hang_up) as address:
+        fetcher = make(address)
+        assert {reason(fetcher, f"http://d.test/{i}") for i in range(12)} == {"connection"}
+    assert asked == [b"GET /robots.txt HTTP/1.1"] * (1 + SETTINGS.retries)
+
+
+def test_what_a_host_takes_for_its_robots_txt_costs_its_urls_no_deadline(
+    address: str, make: Callable[..., Fetcher]
+) -> None:
+    """One thread waits for the host's budget, the others for that thread."""
+    fetcher, first = make(address, deadline_seconds=2.0, retries=0, requests_per_second=1.0), iter([3.0])
+    fetcher.share(lambda asked, _: {host: [next(first, 0.0) for _ in range(n)] for host, n in asked.items()})
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(fetcher.fetch, ["http://r.test/good"] * 8)) == {b"picture of r.test"}
+    assert Unkind.hits == {"/robots.txt": 1, "/good": 8}
 
 
 def test_robots_txt_is_asked_again_after_a_day(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:

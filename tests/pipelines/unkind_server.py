@@ -19,6 +19,7 @@ from typing import Any
 DRIP_SECONDS = 0.05
 DRIPS = 120  # six seconds
 VAST_BYTES = 200_000_000
+LONG_BYTES = 12_000_000
 
 
 class Unkind(BaseHTTPRequestHandler):
@@ -28,6 +29,7 @@ class Unkind(BaseHTTPRequestHandler):
     hits: Counter[str] = Counter()
     robots: dict[str, Any] = {"status": 404}
     onward = ""
+    sent_at = 0.0  # when /long sent something last
 
     def do_GET(self) -> None:
         self.hits[self.path] += 1
@@ -101,6 +103,23 @@ class Unkind(BaseHTTPRequestHandler):
         self.end_headers()
         for _ in range(VAST_BYTES // 1_000_000):
             self.wfile.write(bytes(1_000_000))
+        self.close_connection = True
+
+    def on_untold(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(bytes(600_000))
+        self.close_connection = True
+
+    def on_long(self) -> None:
+        """Does not say how long it is, and keeps its end until no other has anything left to send for a while."""
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(LONG_BYTES // 1_000_000):
+            self.wfile.write(bytes(1_000_000))
+            Unkind.sent_at = time.monotonic()
+        while time.monotonic() < Unkind.sent_at + 1.0:
+            time.sleep(0.05)
         self.close_connection = True
 
     def on_gzip_bomb(self) -> None:

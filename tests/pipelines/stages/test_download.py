@@ -25,6 +25,7 @@ from PIL import Image
 from ldm.images import WHITE, decode_rgb, encode_jpeg, encode_png, resize_shorter
 from pipelines.config import CONF, DatasetConfig, compose
 from pipelines.dag import Dag, Job, connected
+from pipelines.fetch import LARGEST_BODIES
 from pipelines.manifest import Record, StageFolder
 from pipelines.sample_pictures import encode
 from pipelines.sample_plan import plan
@@ -310,47 +311,60 @@ UNKIND = {  # path -> what may be said of it; a busy machine may be late for wha
     "never": "timeout", "vast?told": "too_large", "vast": "too_large", "gzip-bomb": "not_an_image",
     "loop": "redirect_loop", "large": "not_an_image", "short": "connection", "half-close": "connection",
 }  # fmt: skip
-# A worker of its own fetches case after case, [paths, limits], and prints for each by how many MB it has grown at most,
-# the seconds and what it said of each path.
+# A worker of its own fetches [paths], and prints by how many MB it grew at most, the seconds and what it said of each.
 COSTS = """
 import json, sys, time
 from pathlib import Path
 import pyarrow.parquet as pq
+from pipelines import fetch
 from pipelines.stages import download
 from tests.pipelines.stages.test_download import by_hand
 
 def memory(name):
     return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1024
 
-def fetch(name, paths, limits):
-    settings = dict(threads=64, min_yield=0.0, requests_per_second=None, **limits)
+def fetched(name, paths):
+    settings = dict(threads=64, min_yield=0.0, requests_per_second=None, **json.loads(sys.argv[4]))
     job = by_hand(folder / name, [f"http://a.test/{path}" for path in paths], address, **settings)
     begun = time.monotonic()
     download.run_shard(job, 0)
     return time.monotonic() - begun, pq.read_table(job.output / "000000.parquet")["reason"].to_pylist()
 
-folder, address, cases = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-fetch("before", ["good"] * 8, cases[0][1])
+folder, address, paths, fetch.LARGEST_BODIES = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[5])
+fetched("before", ["good"] * 8)
 before = memory("VmRSS")
-for i, case in enumerate(cases):
-    seconds, reasons = fetch(str(i), *case)
-    print(json.dumps([memory("VmHWM") - before, seconds, reasons]), flush=True)
+seconds, reasons = fetched("paths", paths)
+print(json.dumps([memory("VmHWM") - before, seconds, reasons]), flush=True)
 """
+MOST = 200  # MB by which a worker may grow
+AS_ON_THE_WEB = {"deadline_seconds": 5.0, "max_bytes": 20_000_000}
+
+
+def costs(folder: Path, address: str, paths: list[str], limits: dict[str, float], largest_bodies: int) -> list[Any]:
+    arguments = [folder, address, json.dumps(paths), json.dumps(limits), str(largest_bodies)]
+    done = subprocess.run([sys.executable, "-c", COSTS, *arguments], cwd=CONF.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_a_worker_grows_little_whatever_comes(tmp_path: Path, address: str) -> None:
-    most, paths = 200, [path for path in UNKIND for _ in range(4)]  # MB; all at once
-    as_on_the_web = {"deadline_seconds": 5.0, "max_bytes": 20_000_000}
-    without_limit = {"deadline_seconds": 100.0, "max_bytes": 10**9}  # the twin: a single body is too much
-    cases = json.dumps([[paths, as_on_the_web], [["vast"], without_limit]])
-    command = [sys.executable, "-c", COSTS, tmp_path, address, cases]
-    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (grown, seconds, said), (grown_then, _, said_then) = map(json.loads, done.stdout.splitlines())
+    paths = [path for path in UNKIND for _ in range(4)]  # all at once
+    grown, seconds, said = costs(tmp_path / "limits", address, paths, AS_ON_THE_WEB, LARGEST_BODIES)
+    without = {"deadline_seconds": 100.0, "max_bytes": 10**9}  # the twin: a single body is too much
+    grown_then, _, said_then = costs(tmp_path / "twin", address, ["vast"], without, LARGEST_BODIES)
     print(f"{len(said)} URLs in {seconds:.1f} s, {grown:.0f} MB more; without a limit {grown_then:.0f} MB")
     wrong = {path: reason for path, reason in zip(paths, said, strict=True) if reason not in (UNKIND[path], "timeout")}
-    assert not wrong and grown < most
-    assert said_then == ["not_an_image"] and grown_then > most
+    assert not wrong and grown < MOST
+    assert said_then == ["not_an_image"] and grown_then > MOST
+
+
+@pytest.mark.slow
+def test_a_worker_grows_little_however_many_long_bodies_come_at_once(tmp_path: Path, address: str) -> None:
+    paths, patient = ["long"] * 24, {**AS_ON_THE_WEB, "deadline_seconds": 100.0}
+    grown, seconds, said = costs(tmp_path / "limits", address, paths, patient, LARGEST_BODIES)
+    grown_then, _, _ = costs(tmp_path / "twin", address, paths, patient, 1000)  # the twin: room for all of them
+    print(f"{len(said)} long bodies in {seconds:.1f} s, {grown:.0f} MB more; without a limit {grown_then:.0f} MB")
+    assert set(said) == {"not_an_image"} and grown < MOST < grown_then
 
 
 # -- the canary, and what a worker loads ------------------------------------------------------------------------------
