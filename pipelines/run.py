@@ -111,11 +111,11 @@ def run(config: Config, command: str) -> int:
         _check_inputs_present(dag, wanted)
         if "filter_images" in wanted and not statuses["filter_images"].done:
             check_scores(config)
-        if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
-            _check_model(config)
         for stage in wanted:
             if not statuses[stage].done:
                 _hold(dag, stage, stack)
+        if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
+            _check_model(config)
         _run_stages(dag, wanted, command, stack)
     print(summary(dag, wanted))
     print(pointers(dag))
@@ -332,6 +332,8 @@ def _stream(
                     raise cluster.ShardsFailed(more, failure.own) from failure
                 raise
             for (stage, shard), reason in failure.own.items():
+                if jobs[stage].output.record(shard) is not None:
+                    continue  # its worker died after all was done
                 again = (stage, shard) not in failed
                 print(f"{stage}: shard {shard} {'failed and is tried again' if again else 'is quarantined'}: {reason}")
                 if not again:
@@ -352,6 +354,7 @@ def _close(dag: Dag, stage: str) -> bool:
         print(f"{stage}: {len(status.records)} shards are committed; {left}, so it stays open")
         return False
     records = list(status.records.values())
+    status.job.output.sweep()  # after workers that died; none is at work here any more
     rows = dag.job("filter_metadata").output.manifest()
     editions = {row["shard"]: row["edition"] for row in rows["shards"]} if rows else None
     status.job.output.close(status.job.fingerprint, records, sum_funnel(records), editions=editions)

@@ -167,6 +167,22 @@ def test_the_rows_of_a_quarantined_download_can_be_fetched_in_a_later_edition(tm
     assert [table["retry_of"].to_pylist() for table in again] == [[f"0000010{i}" for i in range(ROWS)]]
 
 
+def test_a_shard_that_was_made_before_its_worker_died_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dag = Dag(config_of(tmp_path, "cluster.max_quarantined_shards=2"))
+    make_downloads(dag, 2, ROWS)
+    made, deaths = dag.statuses["download"].records, [1, 1]
+
+    def stream(*_: Any) -> None:
+        if deaths:
+            raise cluster.ShardsFailed("killed", {("download", deaths.pop()): "WorkerCrashedError"})
+
+    monkeypatch.setattr(cluster, "stream", stream)
+    run._stream(dag, ["download"], [0, 1], None, lambda stage, record: None)
+    assert not deaths and dag.refresh("download").records == made
+
+
 @pytest.mark.parametrize("cause, own", [
     (ValueError("a picture"), True), (CorruptSample("a tar"), True), (OSError(28, "No space left on device"), False),
     (FileNotFoundError("weights"), False), (MemoryError(), False), (ModuleNotFoundError("open_clip"), False),
