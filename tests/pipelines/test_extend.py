@@ -162,6 +162,14 @@ def test_an_edition_that_was_cut_off_does_no_harm_and_comes_out_the_same(
     assert len(finish(config, address).statuses["download"].records) == 4
 
 
+def test_what_dead_workers_left_goes_when_the_stage_closes(tmp_path: Path, address: str) -> None:
+    write(tmp_path, "part-0", ["good?1"])
+    left = tmp_path / "outputs/openmoji/download/.attempts/000000-of-a-dead-worker"
+    left.mkdir(parents=True)
+    finish(config_of(tmp_path), address)
+    assert not left.exists()
+
+
 def test_requests_that_do_not_fit_are_refused(tmp_path: Path, address: str) -> None:
     write(tmp_path, "part-0", ["good?1", "missing?1"])
     config = config_of(tmp_path)
