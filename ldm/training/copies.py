@@ -32,7 +32,7 @@ from ldm.training.together import by_first, each, rank, world_size
 PAUSES = (1.0, 300.0)  # seconds before a copy is tried again: at first, and at most; every one is twice the last
 END_SECONDS = 600.0  # that the end of a training waits for what is not copied yet
 STOP_SECONDS = 15.0  # the same of one that was asked to stop, or failed: who asked may not wait for long
-SET_ASIDE = "SET_ASIDE"  # takes the place of COMMITTED where training went back to before a checkpoint
+SET_ASIDE = "SET_ASIDE"  # takes the place of COMMITTED where training went back to before it, and where it is damaged
 log = logging.getLogger(__name__)
 
 
@@ -221,8 +221,12 @@ def disown(place: Any, step: int) -> None:
     """Training goes back to `step`: later copies stay where they lie, and nobody takes them for checkpoints."""
     for name, sha256 in committed(place).items():
         if checkpoint.step_of(name) > step:
-            _put(place / name / SET_ASIDE, sha256)
-            _remove(place / name, ["COMMITTED"])
+            _set_aside(place / name, sha256)
+
+
+def _set_aside(folder: Any, sha256: bytes) -> None:
+    _put(folder / SET_ASIDE, sha256)
+    _remove(folder, ["COMMITTED"])
 
 
 # ---- fetching ----------------------------------------------------------------------------------------------
@@ -265,15 +269,27 @@ def _offered(place: Any, here: Checkpoint | None, tell: Tell | None) -> dict[str
 def _fetch(home: Path, source: Any, sha256: bytes, tell: Tell | None) -> bool:
     """Brings the files of a copy to this disk, each process its share; says why not where it is not whole."""
     folder = _fetched(home, source.name)
-    by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    by_first(lambda: _begin_anew(folder))
     found = [problem for share in each(lambda: _fetch_share(source, sha256, folder)) for problem in share]
-    if found and rank() == 0:
-        shutil.rmtree(folder)
-        message = f"{source} is not taken: {'; '.join(sorted(set(found)))}"
-        log.warning("%s", message)
-        if tell is not None:
-            tell(f"refused/copy-of-{source.name}", message)
+    if found:
+        by_first(lambda: _refuse(source, sha256, sorted(set(found)), tell))
+        by_first(lambda: shutil.rmtree(folder))
     return not found
+
+
+def _refuse(source: Any, sha256: bytes, found: list[str], tell: Tell | None) -> None:
+    """What lies there counts for nothing any more: neither among the copies that stay nor at the next start."""
+    message = f"{source} is not taken: {'; '.join(found)}"
+    log.warning("%s", message)
+    if tell is not None:
+        tell(f"refused/copy-of-{source.name}", message)
+    _set_aside(source, sha256)
+
+
+def _begin_anew(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _fetch_share(source: Any, sha256: bytes, folder: Path) -> list[str]:

@@ -142,6 +142,7 @@ def test_a_place_that_never_answers_keeps_nobody_at_the_end(tmp_path: Path, monk
 
     put(tmp_path / "home", 10)
     monkeypatch.setattr(copies, "_by_folder", away)
+    monkeypatch.setattr(copies, "PAUSES", (100.0, 100.0))
     told: list[str] = []
     with Copier(tmp_path / "home", tmp_path / "there", KEEP, lambda *words: told.append(words[1])):
         wait_for(lambda: told)
@@ -159,7 +160,16 @@ def put_and_copy(home: Path, where: str, step: int) -> None:
         copier.patience = 60.0
 
 
-@pytest.mark.parametrize("point", ["copy_begin", "copy_after_file", "copy_before_committed"])
+POINTS = ["copy_begin", "copy_after_file", "copy_before_committed"]
+QUICK = [("disk", "copy_after_file"), ("s3", "copy_before_committed")]
+OTHERS = [(where, point) for where in ("disk", "s3") for point in POINTS if (where, point) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("there", "point"),
+    [*QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)],
+    indirect=["there"],
+)
 def test_killed_while_copying_the_copy_before_it_is_the_newest(there: Any, tmp_path: Path, point: str) -> None:
     home = tmp_path / "home"
     copy(home, there, 10)
@@ -201,17 +211,25 @@ def test_a_damaged_copy_is_refused_by_name_and_the_one_before_it_taken(tmp_path:
     copy(home, there, 10, 20)
     DAMAGES[damage][0](there / step_name(20))
     told: list[tuple[str, str]] = []
-    check_whole(copies.newest(tmp_path / "other", there, lambda *words: told.append(words)), 10)
-    assert [path.name for path in (tmp_path / "other").iterdir()] == [step_name(10)]
+    other = tmp_path / "other"
+    check_whole(copies.newest(other, there, lambda *words: told.append(words)), 10)
+    assert [path.name for path in other.iterdir()] == [step_name(10)]
     if damage != "missing COMMITTED":  # which says that it never was one
         ((subject, words),) = told
         assert subject == "refused/copy-of-step-00000020" and str(there / step_name(20)) in words
         assert "does not have the sha256" in words or "is missing" in words
-    # Nobody begins from zero because all copies are damaged.
-    shutil.rmtree(there / step_name(10))
-    if damage != "missing COMMITTED":
-        with pytest.raises(NotWhole, match="none of the copies in .* is whole"):
-            copies.newest(tmp_path / "empty", there)
+        # It is neither deleted nor counted among those that stay.
+        copy(other, there, 15)
+        assert sorted(committed(there)) == [step_name(10), step_name(15)]
+        assert (there / step_name(20) / "SET_ASIDE").exists()
+
+
+def test_nobody_begins_from_zero_because_all_copies_are_damaged(tmp_path: Path) -> None:
+    home, there = tmp_path / "home", tmp_path / "there"
+    copy(home, there, 10)
+    DAMAGES["missing rank file"][0](there / step_name(10))
+    with pytest.raises(NotWhole, match="none of the copies in .* is whole"):
+        copies.newest(tmp_path / "empty", there)
 
 
 def test_where_no_checkpoint_here_is_whole_a_copy_takes_its_place(tmp_path: Path) -> None:
@@ -236,6 +254,10 @@ def fetch(home: Path, where: str) -> int:
     return found.step
 
 
+MOSTLY_S3 = pytest.mark.parametrize("there", ["s3", pytest.param("disk", marks=pytest.mark.slow)], indirect=True)
+
+
+@MOSTLY_S3
 def test_all_processes_fetch_their_share(there: Any, tmp_path: Path) -> None:
     copy(tmp_path / "home", there, 10)
     ranks = processes.run(fetch, tmp_path / "other", str(there), world_size=3, env=store())
@@ -248,6 +270,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
     return write_data(tmp_path_factory.mktemp("latents"), [9, 14, 6])
 
 
+@MOSTLY_S3
 def test_on_an_empty_disk_training_goes_on_from_the_copy_to_the_same_bits(
     there: Any, data: TrainData, tmp_path: Path
 ) -> None:
