@@ -7,9 +7,9 @@ answer is exact at any size. Where something of it is gone the checkpoint must b
 why is said.
 
 Asked about is every training in the folder of runs that read these latents, by their digests: so those of runs that
-have them by paths.reuse or dataset.mixture are found too, with checkpoints that were set aside, and with those of
-trainings that began (training.start_from) from a checkpoint that saw a sample. Batches that were left out because their
-loss was no number count as seen.
+have them by paths.reuse or dataset.mixture are found too, with checkpoints that were set aside, with copies where
+cluster.train.run.copy_to says, and with those of trainings that began (training.start_from) from a checkpoint that saw
+a sample. Batches that were left out because their loss was no number count as seen.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 
 from ldm.config import AutoencoderSettings
 from ldm.shards import read_index
+from ldm.storage import is_remote, matching, place
 from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, build
 from pipelines.dag import Dag
@@ -61,8 +62,8 @@ class Sample:
 class Checkpoint:
     """What a checkpoint says of itself."""
 
-    path: Path
-    training: Path  # the stage's folder that it lies in
+    path: Any  # on disk, or on an object store
+    training: Path  # the stage's folder that it lies in, or was copied from
     seen: int
     left_out: tuple[tuple[int, int], ...]  # positions that were skipped on purpose, [a, b)
     settings: dict[str, Any]  # of training
@@ -102,8 +103,10 @@ def describe_removed(config: Config, path: Path) -> list[str]:
     said = [f"  {checkpoint.path}: {verdict}" for checkpoint, verdict in search.answers(dag.home("train"))]
     lines += said or ["there is no checkpoint"]
     why = "trained on the pictures themselves, before any selection"
-    lines += [f"  {place}: must be taken to have seen them: {why}" for place in search.autoencoders() if samples]
-    lines.append(f"asked: every training in {dag.run_folder.parent}; copies that lie elsewhere are not known here")
+    lines += [f"  {home}: must be taken to have seen them: {why}" for home in search.autoencoders() if samples]
+    copies = dag.config.cluster.train.run.copy_to
+    asked = f"asked: every training in {dag.run_folder.parent}" + (f", copies in {copies}" if copies else "")
+    lines.append(f"{asked}; what lies elsewhere is not known here")
     return [*lines, "dataset.selection.removed=FILE leaves them out of a new run (name=OTHER)"] if samples else lines
 
 
@@ -151,16 +154,16 @@ class Way:
         Samples are given by (cache, shard).
         """
         found = {}
-        for place, keys in samples.items():
-            for tar, key, among in self._places(self.trained, self.tars[True].get(place, ()), keys):
+        for shard, keys in samples.items():
+            for tar, key, among in self._places(self.trained, self.tars[True].get(shard, ()), keys):
                 visits = self.order.visits(tar, among)
                 found[key] = next(at for at in visits if not any(a <= at < b for a, b in left_out))
         return found
 
     def held_out(self, samples: dict[tuple[int, int], list[str]]) -> list[str]:
         """The keys of those that are used, but held out."""
-        return [key for place, keys in samples.items() if self.held is not None
-                for _, key, _ in self._places(self.held, self.tars[False].get(place, ()), keys)]  # fmt: skip
+        return [key for shard, keys in samples.items() if self.held is not None
+                for _, key, _ in self._places(self.held, self.tars[False].get(shard, ()), keys)]  # fmt: skip
 
     def _places(self, data: TrainData, tars: Iterable[int], keys: list[str]) -> list[tuple[int, str, int]]:
         """(tar, key, place among those in use) of the samples that are in use."""
@@ -208,12 +211,10 @@ class Search:
         self.downloads = {digest for run in runs
                           for digest in edition_digests(folder_of(dag, "download", run).manifest() or NO_EDITION)}
         outputs = dag.run_folder.parent
-        found = [read_checkpoint(path, train) for train in sorted(outputs.glob("*/train"))
-                 for path in sorted([*train.glob("step-*"), *train.glob("aside/*/step-*")])
-                 if CHECKPOINT.fullmatch(path.name) and path.is_dir()]  # fmt: skip
-        self.checkpoints = {checkpoint.path.resolve(): checkpoint for checkpoint in found}
-        self.by_weights = {checkpoint.weights: checkpoint for checkpoint in found if checkpoint.weights}
-        self.verdicts: dict[Path, Verdict] = {}
+        found = [*checkpoints_in(outputs), *copies_of(dag.config.cluster.train.run.copy_to, outputs)]
+        self.checkpoints = {_address(checkpoint.path): checkpoint for checkpoint in found}
+        self.by_weights = {checkpoint.weights: checkpoint for checkpoint in reversed(found) if checkpoint.weights}
+        self.verdicts: dict[str, Verdict] = {}
         self._anywhere = lru_cache(self._find_anywhere)
         self._sha256 = lru_cache(sha256_file)  # of weights that many checkpoints began from
         self._way = lru_cache(maxsize=4)(self._make_way)
@@ -251,19 +252,19 @@ class Search:
 
     def autoencoders(self) -> list[Path]:
         """Autoencoders that were trained on these downloads, or are being trained."""
-        places = sorted(self.dag.run_folder.parent.glob("*/train_autoencoder"))
-        records = {place: read_record(place / "record.json") for place in places}
-        return [place for place, record in records.items()
+        homes = sorted(self.dag.run_folder.parent.glob("*/train_autoencoder"))
+        records = {home: read_record(home / "record.json") for home in homes}
+        return [home for home, record in records.items()
                 if (record and record.inputs.get("download") in self.downloads)
-                or (place == self.dag.home("train_autoencoder") and (place / "state").exists())]  # fmt: skip
+                or (home == self.dag.home("train_autoencoder") and (home / "state").exists())]  # fmt: skip
 
     # -- one checkpoint ------------------------------------------------------------------------------------------
     def verdict(self, checkpoint: Checkpoint) -> Verdict:
-        path = checkpoint.path.resolve()
-        if path not in self.verdicts:
-            self.verdicts[path] = Verdict()  # while it is being found out
-            self.verdicts[path] = self._find_verdict(checkpoint) if self.samples else Verdict()
-        return self.verdicts[path]
+        address = _address(checkpoint.path)
+        if address not in self.verdicts:
+            self.verdicts[address] = Verdict()  # while it is being found out
+            self.verdicts[address] = self._find_verdict(checkpoint) if self.samples else Verdict()
+        return self.verdicts[address]
 
     def _find_verdict(self, checkpoint: Checkpoint) -> Verdict:
         verdict = Verdict()
@@ -289,7 +290,7 @@ class Search:
         start = checkpoint.settings.get("start_from")
         if start is None:
             return
-        parent = self.checkpoints.get(Path(start).parent.resolve())
+        parent = self.checkpoints.get(_address(Path(start).parent))
         if parent is None and Path(start).is_file():
             parent = self.by_weights.get(self._sha256(start))
             if parent is None:
@@ -362,7 +363,31 @@ class Search:
         return known.folder, {shard: committed[shard] for shard in listed}
 
 
-def read_checkpoint(path: Path, training: Path) -> Checkpoint:
+def checkpoints_in(outputs: Path) -> list[Checkpoint]:
+    """Those of every run of a folder of runs, with those that were set aside."""
+    return [read_checkpoint(path, train) for train in sorted(outputs.glob("*/train"))
+            for path in sorted([*train.glob("step-*"), *train.glob("aside/*/step-*")])
+            if CHECKPOINT.fullmatch(path.name) and path.is_dir()]  # fmt: skip
+
+
+def copies_of(copy_to: str | None, outputs: Path) -> list[Checkpoint]:
+    """Copies of the checkpoints of a folder of runs, at the place that cluster.train.run.copy_to names."""
+    if copy_to is None:
+        return []
+    pattern = "*/train/step-*/manifest.json"
+    if is_remote(copy_to):
+        found = [place(name) for name in matching(f"{copy_to.rstrip('/')}/{pattern}")]
+    else:
+        found = sorted(Path(copy_to).glob(pattern))
+    return [read_checkpoint(path.parent, outputs / path.parent.parent.parent.name / "train") for path in found]
+
+
+def _address(path: Any) -> str:
+    """What a checkpoint is known by, whichever way leads there."""
+    return str(path if is_remote(path) else path.resolve())
+
+
+def read_checkpoint(path: Any, training: Path) -> Checkpoint:
     """A checkpoint's own account; one that cannot be read has no data, and is suspected of everything."""
     try:
         manifest, config = read_json(path / "manifest.json"), read_json(path / "config.json")

@@ -21,6 +21,7 @@ from pipelines.removed import describe_removed
 from pipelines.selection import write_selection
 from pipelines.stages.train import train_data
 from tests.pipelines.small_cache import config_of, make_cache
+from tests.s3_server import BUCKET, S3Server
 
 SHARDS, ROWS = 4, 6
 TRAINING = ["training.held_out_shards=1", "training.lanes=4", "training.window_shards=2", "training.batch_size=4"]
@@ -83,7 +84,7 @@ def answers(config: Config, named: list[str], folder: Path) -> dict[str, str]:
     (folder / "removed.txt").write_text("\n".join(named))
     lines = describe_removed(config, folder / "removed.txt")
     said = [line.strip().partition(": ") for line in lines if line.startswith("  ")]
-    return {str(Path(path).relative_to(config.paths.outputs)): words for path, _, words in said}
+    return {path.removeprefix(f"{config.paths.outputs}/"): words for path, _, words in said}
 
 
 def saw(keys: set[str]) -> str:
@@ -142,6 +143,30 @@ def test_checkpoints_that_were_set_aside_are_named(outputs: Path, tmp_path: Path
     shutil.copytree(folder, dag.home("train") / "aside/001/step-00000009")
     found, order = answers(config, KEYS, tmp_path), keys_by_position(config, data, 5)
     assert found == dict.fromkeys(["small/train/step-00000007", "small/train/aside/001/step-00000009"], saw(set(order)))
+
+
+def test_copies_are_named_whether_or_not_the_checkpoint_is_still_here(outputs: Path, tmp_path: Path) -> None:
+    config = config_of(outputs, *TRAINING, f"cluster.train.run.copy_to={tmp_path / 'copies'}")
+    dag, data = plan_training(config)
+    folder = checkpoint(dag.home("train"), 3, 5, config, data)
+    copy = Path(shutil.copytree(folder, tmp_path / "copies/small/train/step-00000003"))
+    order = keys_by_position(config, data, 5)
+    assert answers(config, KEYS, tmp_path) == dict.fromkeys(["small/train/step-00000003", str(copy)], saw(set(order)))
+    shutil.rmtree(folder)
+    assert answers(config, KEYS, tmp_path) == {str(copy): saw(set(order))}
+
+
+@pytest.mark.slow
+def test_copies_in_a_bucket_too(s3: S3Server, outputs: Path, tmp_path: Path) -> None:
+    config = config_of(outputs, *TRAINING, f"cluster.train.run.copy_to=s3://{BUCKET}/copies")
+    dag, data = plan_training(config)
+    folder = checkpoint(dag.home("train"), 3, 5, config, data)
+    s3.put_folder(folder, "copies/small/train/step-00000003")
+    shutil.rmtree(folder)
+    (tmp_path / "removed.txt").write_text("\n".join(KEYS))
+    said = "\n".join(describe_removed(config, tmp_path / "removed.txt"))
+    seen = saw(set(keys_by_position(config, data, 5)))
+    assert f"s3://{BUCKET}/copies/small/train/step-00000003: {seen}" in said
 
 
 def test_other_runs_on_these_latents_are_named_and_those_that_began_from_them(outputs: Path, tmp_path: Path) -> None:
