@@ -1,7 +1,8 @@
 """The rules by which rows of metadata fall, in their one order, as SQL expressions over our own column names.
 
 A row falls by the first rule that holds for it, so that every dropped row has one reason. Rules about columns that the
-data set lacks (null in dataset.source.columns) are left out, and `describe` says so.
+data set lacks (null in dataset.source.columns) are left out, and `describe` says so; but a deny-list is there to keep
+something out, and without its column it is refused.
 """
 
 from __future__ import annotations
@@ -113,6 +114,14 @@ def check(settings: FilterMetadataConfig, columns: dict[str, str | None]) -> Non
         raise ValueError(
             f"dataset.source.columns does not say which columns hold {', '.join(unsaid or NEEDED)}; it has "
             f"{', '.join(columns)}. Name them there, or write null for one that the data set lacks"
+        )
+    idle = [name for name in settings.deny_lists if name not in COMPUTED and columns[name] is None]
+    if idle:
+        mapped = ", ".join(f"{name}: {column}" for name, column in columns.items() if column is not None)
+        raise ValueError(
+            f"dataset.filter_metadata.deny_lists.{idle[0]} would deny nothing: dataset.source.columns says null for "
+            f"{idle[0]}; it maps {mapped}. Set dataset.source.columns.{idle[0]}=NAME_IN_THE_FILES, or give a list for "
+            f"what every data set has: url, {', '.join(COMPUTED)}"
         )
     odd = [name for name in columns if not re.fullmatch(r"[a-z_][a-z0-9_]*", name)]
     if odd:

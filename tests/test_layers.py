@@ -22,7 +22,7 @@ TOOLS = {
     "deepspeed": {"ldm/training/engine.py"},
     "open_clip": {"ldm/models/clip.py"},
     "webdataset": {"ldm/shards.py"},
-    "duckdb": {"pipelines/stages/filter_metadata.py"},
+    "duckdb": {"pipelines/spilling.py"},
     "fsspec": {"ldm/storage.py"},
     "upath": {"ldm/storage.py"},
     "botocore": {"ldm/storage.py"},

@@ -22,7 +22,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +34,7 @@ from pipelines.mended_text import mended
 from pipelines.metadata_files import SourceFile, at_hand, listed
 from pipelines.metadata_rules import DUPLICATES, NEEDED, SHAPE, Rule, check, deny_table, describe, quoted, rules
 from pipelines.settings import FilterMetadataConfig, SourceConfig
+from pipelines.spilling import VERSION, Error, InvalidInput, database, lacks_room
 
 ROW_BITS = 40  # a row's place in the whole set: its file, then its row in this many bits
 NUMBER = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT",
@@ -61,7 +61,7 @@ def run(job: Job, files: dict[str, int] | None = None) -> dict[str, Any]:
     with job.output.attempt(None, job.fingerprint) as scratch, MetadataSet(files, job, scratch.path) as rows:
         dropped = rows.judge()
         samples = deal(job, rows.kept(), first_shard=0)
-    return {"rows": samples + sum(dropped.values()), "samples": samples, "dropped": dropped}
+    return _funnel(sum(rows.in_files.values()), samples, dropped)
 
 
 def sources(job: Job, files: dict[str, int]) -> list[dict[str, Any]]:
@@ -82,17 +82,35 @@ def extend(
     found = {file["name"]: file["bytes"] for file in sources(job, files)}
     old, new = _old_and_new(found, manifest["sources"])
     dropped: dict[str, int] = {}
+    came = Counter[str]()
     first_shard = 1 + max((row["shard"] for row in manifest["shards"]), default=-1)
     with ExitStack() as stack:
-        tables = [retried]
+        tables = [_counted(retried, came)]
         if new:
             scratch = stack.enter_context(job.output.attempt(None, job.fingerprint))
             ordered = {name: found[name] for name in (*old, *new)}
             rows = stack.enter_context(MetadataSet(ordered, job, scratch.path))
             dropped = rows.judge(new_from=len(old))
+            came["new"] = sum(rows.in_files[number] for number in range(len(old), len(ordered)))
             tables.append(_never_tried(table) for table in rows.kept(new_from=len(old)))
         samples = deal(job, chain(*tables), first_shard)
-    return {"rows": samples + sum(dropped.values()), "samples": samples, "dropped": dropped}
+    return _funnel(came.total(), samples, dropped)
+
+
+def _funnel(rows: int, samples: int, dropped: dict[str, int]) -> dict[str, Any]:
+    """The stage's account. Raises RuntimeError when rows that came in neither went out nor were dropped."""
+    if lost := rows - samples - sum(dropped.values()):
+        raise RuntimeError(
+            f"filter_metadata: {rows} rows came in, {samples} went out and {sum(dropped.values())} were dropped "
+            f"{dropped}: {lost} unaccounted for"
+        )
+    return {"rows": rows, "samples": samples, "dropped": dropped}
+
+
+def _counted(tables: Iterator[pa.Table], came: Counter[str]) -> Iterator[pa.Table]:
+    for table in tables:
+        came["retried"] += table.num_rows
+        yield table
 
 
 def _never_tried(table: pa.Table) -> pa.Table:
@@ -127,23 +145,22 @@ class MetadataSet:
     """The rows of all files in a database of their own, which spills into a folder instead of filling memory."""
 
     def __init__(self, files: dict[str, int], job: Job, scratch: Path) -> None:
-        source, limits = job.what["dataset.source"], job.how.cluster.filter_metadata
+        source: SourceConfig = job.what["dataset.source"]
         self.settings: FilterMetadataConfig = job.what["dataset.filter_metadata"]
         self.columns = {name: column for name, column in source.columns.items() if column is not None}
         self.files, self.scratch = files, scratch
         self.is_tsv = source.format == "tsv" and source.metadata is not None
-        self.database = duckdb.connect(":memory:", config={
-            "temp_directory": str(scratch), "threads": limits.threads, "memory_limit": f"{limits.memory_bytes}B",
-            "preserve_insertion_order": True, "autoinstall_known_extensions": False,
-        })  # fmt: skip
-        self.database.execute("SET enable_progress_bar = false")
         self.rules = rules(self.settings, set(self.columns))
+        self.in_files: dict[int, int] = {}  # number of a file -> rows that its footer counts
+        self.fallen = Counter[int]()  # number of a file -> rows that fell by a rule
+        self.stack = ExitStack()
+        self.database = self.stack.enter_context(database(scratch, job.how.cluster.filter_metadata))
 
     def __enter__(self) -> MetadataSet:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.database.close()
+    def __exit__(self, *raised: Any) -> None:
+        self.stack.__exit__(*raised)
 
     def _types(self, file: SourceFile) -> dict[str, str]:
         """Our columns' types, as the shards hold them, from the first file; numbers that come as text become such.
@@ -181,12 +198,23 @@ class MetadataSet:
                     self._begin(self._types(file))
                 self._found(file)
                 with _reading(file):
+                    self.in_files[number] = self._footer_rows(file.path)
                     self._judge_any_file(number, file.path)
         counts = self.database.execute(
-            f"SELECT fate, count(*) FROM rows WHERE fate > 0 AND place >= {_place(new_from)} GROUP BY fate"
+            f"SELECT place >> {ROW_BITS}, fate, count(*) FROM rows WHERE fate > 0 AND place >= {_place(new_from)} "
+            f"GROUP BY ALL"
         )
-        dropped = Counter({self.rules[fate - 1].reason: count for fate, count in counts.fetchall()})
+        dropped = Counter[str]()
+        for number, fate, count in counts.fetchall():
+            self.fallen[number] += count
+            dropped[self.rules[fate - 1].reason] += count
         return dict(sorted((dropped + self._find_duplicates(new_from)).items()))
+
+    def _footer_rows(self, path: Path) -> int:
+        """The rows that a file says it has, for what is read of it to be held against."""
+        asked = self.database.execute(f"SELECT num_rows FROM parquet_file_metadata({quoted(str(path))})")
+        ((rows,),) = asked.fetchall()
+        return rows
 
     def _begin(self, types: dict[str, str]) -> None:
         self.types = types
@@ -216,7 +244,7 @@ class MetadataSet:
         """The same, also for a file with text that is not UTF-8; the rows that have it fall."""
         try:
             return self._judge_file(number, path)
-        except duckdb.InvalidInputException as error:
+        except InvalidInput as error:
             if "UTF8" not in str(error):
                 raise
         columns = list(dict.fromkeys(self.columns.values()))
@@ -250,15 +278,26 @@ class MetadataSet:
         for number in range(new_from, len(self.files)):
             within = f"place >= {_place(number)} AND place < {_place(number + 1)}"
             repeated = self.database.sql(f"SELECT place FROM duplicates WHERE {within} ORDER BY place").fetchnumpy()
-            before = -1
+            before, stayed = -1, 0
             stored = f"SELECT place, {', '.join(self.columns)} FROM rows WHERE fate = 0 AND {within}"
             for batch in self.database.sql(stored).to_arrow_reader(BATCH_ROWS):
                 places = batch["place"].to_numpy()
                 if (np.diff(places, prepend=before) <= 0).any():
-                    raise RuntimeError(f"DuckDB {duckdb.__version__} gave rows out of their order; expected ascending")
+                    raise RuntimeError(f"DuckDB {VERSION} gave rows out of their order; expected ascending")
                 before = places[-1] if len(places) else before
                 stay = np.isin(places, repeated["place"], assume_unique=True, kind="sort", invert=True)
+                stayed += int(stay.sum())
                 yield pa.Table.from_batches([batch]).drop(["place"]).filter(pa.array(stay))
+            self._account(number, stayed, len(repeated["place"]))
+
+    def _account(self, number: int, stayed: int, repeated: int) -> None:
+        """Raises RuntimeError naming a file that has rows which neither stayed nor fell."""
+        rows, fell = self.in_files[number], self.fallen[number] + repeated
+        if rows != stayed + fell:
+            raise RuntimeError(
+                f"{list(self.files)[number]} has {rows} rows by its footer, of which {stayed} stayed and {fell} fell: "
+                f"{rows - stayed - fell} unaccounted for, so the stage stays open; write the file anew, or move it away"
+            )
 
 
 @contextmanager
@@ -266,8 +305,8 @@ def _reading(file: SourceFile) -> Iterator[None]:
     """Names the file when it cannot be read: cut off, damaged, or no parquet."""
     try:
         yield
-    except (duckdb.Error, pa.ArrowInvalid) as error:
-        if isinstance(error, duckdb.OutOfMemoryException):
+    except (Error, pa.ArrowInvalid) as error:
+        if lacks_room(error):
             raise
         first = str(error).splitlines()[0]
         raise ValueError(f"{file.name} cannot be read as parquet: {first} Replace it, or move it away") from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import resource
+import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config import compose
+from pipelines.config import CONF, compose, options
 from pipelines.dag import Dag, Job
 from pipelines.manifest import StageFolder
-from pipelines.settings import FilterMetadataConfig, SourceConfig
+from pipelines.run import normalise
+from pipelines.settings import FilterMetadataConfig, SourceConfig, TableResources
+from pipelines.spilling import NoRoom
 from pipelines.stages import filter_metadata
 
 COLUMNS = {"url": "URL", "caption": "TEXT", "width": "WIDTH", "height": "HEIGHT", "similarity": "similarity"}
@@ -94,6 +99,35 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
         filter_metadata.run(job)
         digests.append([record.digest for record in job.output.committed().values()])
     assert digests[0] == digests[1]
+
+
+# -- the account ------------------------------------------------------------------------------------------------------
+def losing_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of the second file is lost on its way, as by a reader that skips what it cannot read."""
+    judge = filter_metadata.MetadataSet._judge_file
+
+    def losing(self: filter_metadata.MetadataSet, number: int, path: Path) -> None:
+        judge(self, number, path)
+        if number == 1:
+            self.database.execute(f"DELETE FROM rows WHERE place = {filter_metadata._place(1)} + 2")
+
+    monkeypatch.setattr(filter_metadata.MetadataSet, "_judge_file", losing)
+
+
+def test_rows_are_counted_by_the_files_themselves_and_one_that_is_lost_is_told_by_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, [[row(i) for i in range(5)], [row(4), row(5, similarity=0.0), row(6), row(7)]])
+    assert filter_metadata.run(job) == {
+        "rows": 9, "samples": 7, "dropped": {"duplicate_url_caption": 1, "similarity": 1}}  # fmt: skip
+    losing_a_row(monkeypatch)
+    words = r"part-00001.parquet has 4 rows by its footer, of which 1 stayed and 2 fell: 1 unaccounted for"
+    with pytest.raises(RuntimeError, match=words):
+        filter_metadata.run(job)
+    # The sabotage twin: without the look at each file the sum is wrong, and the stage cannot close on it either.
+    monkeypatch.setattr(filter_metadata.MetadataSet, "_account", lambda *counts: None)
+    with pytest.raises(RuntimeError, match="9 rows came in, 6 went out and 2 were dropped .*: 1 unaccounted for"):
+        filter_metadata.run(job)
 
 
 # -- each rule --------------------------------------------------------------------------------------------------------
@@ -234,6 +268,46 @@ def test_a_missing_column_shows_found_and_expected(tmp_path: Path) -> None:
         filter_metadata.run(make_job(other, [[row(0)], [{"URL": "u", "TEXT": "t", "WIDTH": 1, "HEIGHT": 1}]]))
 
 
+def test_a_deny_list_without_its_column_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "deny.txt").write_text("-77\n")
+    given = {"deny_lists": {"hash": str(tmp_path / "deny.txt")}}
+    words = (r"deny_lists.hash would deny nothing: dataset.source.columns says null for hash; it maps url: URL, .*"
+             r"dataset.source.columns.hash=NAME_IN_THE_FILES, or give .*: url, url_md5, url_sha256")  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        filter_metadata.run(make_job(tmp_path, [[row(0, HASH=-77)]], {**COLUMNS, "hash": None}, **given))
+    with pytest.raises(ValueError, match="does not say which columns hold hash"):
+        filter_metadata.run(make_job(tmp_path, [[row(0, HASH=-77)]], COLUMNS, **given))
+    job = make_job(tmp_path, [[row(0, HASH=-77), row(1, HASH=5)]], {**COLUMNS, "hash": "HASH"}, **given)
+    assert filter_metadata.run(job)["dropped"] == {"denied_hash": 1}
+
+
+@pytest.mark.parametrize("dataset", options("dataset"))
+def test_no_data_set_asks_for_values_of_a_column_that_it_lacks(dataset: str) -> None:
+    settings = compose([f"dataset={dataset}"]).dataset
+    asked = {*settings.filter_metadata.one_of, *settings.filter_metadata.bounds, *settings.filter_metadata.deny_lists}
+    lacking = {name for name in asked if settings.source.columns.get(name) is None}
+    assert lacking <= ({"similarity"} if dataset == "relaion" else set()), "it would be left out"
+
+
+def test_a_data_set_of_one_s_own_is_read_by_the_command_that_its_file_prints(tmp_path: Path) -> None:
+    printed = [line.lstrip("# ") for line in (CONF / "dataset/custom.yaml").read_text().splitlines()]
+    begin, end = next(i for i, line in enumerate(printed) if line.startswith("python -m")), printed.index("", 2)
+    command = shlex.split("".join(line.removesuffix("\\") for line in printed[begin:end]))
+    assert command[:3] == ["python", "-m", "pipelines.run"]
+    rows = [{"link": f"http://a.test/{i}", "alt_text": f"a caption of words, {i}", "w": 400, "h": 300, "beauty": beauty,
+             "file_md5": f"{i:032X}", "unmapped": "x"} for i, beauty in enumerate([6.0, 4.0, 5.5, 7.0])]  # fmt: skip
+    mine = tmp_path / "metadata/mine"
+    mine.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), mine / "part-0.parquet")
+    (mine / "denied.txt").write_text(f"{2:032x}\n")
+    here = [argument.replace("metadata/mine", str(mine)) for argument in command[3:]]
+    job = Dag(compose(normalise([*here, f"paths.outputs={tmp_path}/outputs"]))).job("filter_metadata")
+    assert filter_metadata.run(job) == {"rows": 4, "samples": 2, "dropped": {"aesthetic": 1, "denied_checksum": 1}}
+    assert [(r["url"], r["checksum"]) for r in read(job)] == [
+        ("http://a.test/0", f"{0:032X}"), ("http://a.test/3", f"{3:032X}")]  # fmt: skip
+    assert job.output.path == tmp_path / "outputs/mine/filter_metadata"
+
+
 @pytest.mark.parametrize("bad", [5, b"bytes", [1.0], {"a": "b"}])
 def test_a_url_that_is_no_text_is_refused_with_its_type(tmp_path: Path, bad: Any) -> None:
     with pytest.raises(ValueError, match=r"column URL holds .*, expected text; expected URL \(our url\)"):
@@ -363,6 +437,34 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, spoil: Callable[[byt
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(ValueError, match="part-00001.parquet cannot be read as parquet.* move it away"):
         filter_metadata.run(job)
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """As on a disk that is full, or under a quota."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_is_not_blamed_on_the_file_that_is_read(tmp_path: Path) -> None:
+    captions = [3 * hashlib.sha512(f"{i}".encode()).hexdigest() for i in range(150_000)]
+    table = pa.table({"URL": [f"http://a.test/{i}" for i in range(len(captions))], "TEXT": captions})
+    pq.write_table(table, tmp_path / "part-0.parquet")
+    columns = {"url": "URL", "caption": "TEXT", "similarity": None}
+    job = job_of(tmp_path, SourceConfig(str(tmp_path / "part-0.parquet"), "parquet", columns), shard_samples=10**6)
+    little = replace(job.how.cluster, filter_metadata=TableResources(threads=1, memory_bytes=60_000_000))
+    job = replace(job, how=replace(job.how, cluster=little))
+    with no_file_longer_than(2_000_000), pytest.raises(NoRoom) as error:
+        filter_metadata.run(job)
+    said = str(error.value)
+    assert "cluster.filter_metadata.memory_bytes=60000000 go to" in said and f"{tmp_path}/out/.attempts/" in said
+    assert "Free some there" in said and "part-0.parquet" not in said and "move it away" not in said
+    assert "File too large" in said
+    assert filter_metadata.run(job)["samples"] == len(captions), "with room the same command does it"
 
 
 def test_hostile_captions_are_text_and_nothing_else(tmp_path: Path) -> None:
