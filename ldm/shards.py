@@ -40,6 +40,8 @@ from ldm.storage import StoredFile
 INDEX_ROW = np.dtype([("key", "S24"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 BLOCK = 512
 END = bytes(BLOCK)  # the block after the last member
+CONTEXT = "context.npy"  # member with what a frozen text encoder makes of the caption
+MIRRORED = "flipped.npy"  # member of a sample with the latent of the mirrored picture
 HEADER = struct.Struct("100s 24x 11s c 20x c 188x 155s 12x")  # name, size, what ends it, kind, prefix of the name
 FIELDS = ("npy", "json", "txt", "jpg", "png", "webp")
 FIELD = re.compile(rf"(?:[a-z0-9_]+\.)?(?:{'|'.join(FIELDS)})".encode())

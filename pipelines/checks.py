@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.shards import INDEX_ROW, CorruptSample, decode_array, iterate_tar, sample_members
+from ldm.shards import CONTEXT, INDEX_ROW, MIRRORED, CorruptSample, decode_array, iterate_tar, sample_members
 from ldm.storage import exists
 from pipelines.bucket import folder_at
 from pipelines.manifest import (
@@ -145,7 +145,7 @@ def latents(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[Probl
             yield index, "", f"{len(data) / INDEX_ROW.itemsize:g} rows", f"{samples}"
         rows = np.frombuffer(data[: len(data) // INDEX_ROW.itemsize * INDEX_ROW.itemsize], INDEX_ROW)
         yield from _index_problems(index, rows, record)
-        yield from _tar_problems(files / tar, tar, rows, _expected_array(plan, Path(tar).parent.name))
+        yield from _tar_problems(files / tar, tar, rows, _expected_arrays(plan, Path(tar).parent.name))
 
 
 def _index_problems(index: str, rows: np.ndarray, record: Record) -> Iterator[Problem]:
@@ -159,7 +159,7 @@ def _index_problems(index: str, rows: np.ndarray, record: Record) -> Iterator[Pr
         offset, last = int(row["offset"]) + int(row["size"]), row["key"]
 
 
-def _tar_problems(path: Path, tar: str, rows: np.ndarray, expected: tuple[str, tuple[int, ...]]) -> Iterator[Problem]:
+def _tar_problems(path: Path, tar: str, rows: np.ndarray, expected: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
     end, whole = 0, path.stat().st_size
     with open(path, "rb") as file:
         for row in rows:
@@ -171,14 +171,14 @@ def _tar_problems(path: Path, tar: str, rows: np.ndarray, expected: tuple[str, t
             elif (crc32 := zlib.crc32(data)) != row["crc32"]:
                 yield tar, key, f"crc32 {crc32:08x}", f"{row['crc32']:08x}"
             else:
-                yield from ((tar, key, *problem) for problem in _sample_problems(data, key, tar, *expected))
+                yield from ((tar, key, *problem) for problem in _sample_problems(data, key, tar, expected))
         file.seek(min(end, whole))
         if rest := file.read().strip(b"\0"):
             yield tar, "", f"{len(rest)} bytes after its last sample", "none"
 
 
 def _sample_problems(
-    data: bytes, key: str, tar: str, field: str, shape: tuple[int, ...]
+    data: bytes, key: str, tar: str, expected: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, str]]:
     try:
         fields = dict(sample_members(data, key, tar))
@@ -187,21 +187,27 @@ def _sample_problems(
     except (CorruptSample, ValueError) as error:
         yield str(error), "a caption and arrays of plain numbers"
         return
-    if field not in arrays:
-        yield f"members {', '.join(sorted(fields))}", f"{field} among them"
+    if arrays.keys() != expected.keys():
+        yield f"members {', '.join(sorted(fields))}", f"txt, {', '.join(sorted(expected))}"
     for name, array in arrays.items():
-        if array.shape != shape or array.dtype != np.float16:
-            yield f"{name} of shape {array.shape}, {array.dtype}", f"{shape}, float16"
+        if name in expected and (array.shape != expected[name] or array.dtype != np.float16):
+            yield f"{name} of shape {array.shape}, {array.dtype}", f"{expected[name]}, float16"
         elif not np.isfinite(array).all():
             yield f"{name} with {int((~np.isfinite(array)).sum())} numbers that are not finite", "none"
 
 
-def _expected_array(plan: dict[str, Any], folder: str) -> tuple[str, tuple[int, ...]]:
-    """Member and shape of a latent in a folder named by a resolution, "256", or a height and width, "192x320"."""
-    network = plan["what"]["autoencoder.network"]
+def _expected_arrays(plan: dict[str, Any], folder: str) -> dict[str, tuple[int, ...]]:
+    """Member -> shape, of a sample in a folder named by a resolution, "256", or a height and width, "192x320"."""
+    what = plan["what"]
+    network, text = what["autoencoder.network"], what.get("text_encoder")
     kl, sides = network["posterior"] == "kl", [int(side) // network["factor"] for side in folder.split("x")]
     channels = network["latent_channels"] * (2 if kl else 1)
-    return ("moments.npy" if kl else "latent.npy"), (channels, sides[0], sides[-1])
+    members = {"moments.npy" if kl else "latent.npy": (channels, sides[0], sides[-1])}
+    if what["dataset.precompute_latents"]["flip"]:
+        members[MIRRORED] = (channels, sides[0], sides[-1])
+    if text is not None:
+        members[CONTEXT] = (text["length"], text["width"])
+    return members
 
 
 def pictures(files: Path, record: Record, plan: dict[str, Any]) -> Iterator[Problem]:

@@ -162,10 +162,26 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
     return own
 
 
+def decides(config: Config, stage: str) -> tuple[str, ...]:
+    """The sections that decide a stage under this configuration: of latents the text encoder too, where its features
+    are cached."""
+    own = STAGES[stage].settings
+    if stage != "precompute_latents" or not config.dataset.precompute_latents.text_features:
+        return own
+    text = config.text_encoder
+    if text is None or text.kind != "clip" or text.weights is None:
+        found = "null" if text is None else f"of kind {text.kind!r}, with weights {text.weights}"
+        raise ConfigError(
+            f"dataset.precompute_latents.text_features is true and text_encoder is {found}; only what a frozen one of "
+            f"kind 'clip' with given weights makes of captions can be cached: give one, or set text_features=false"
+        )
+    return (*own, "text_encoder")
+
+
 def what_of(config: Config, stage: str) -> dict[str, Any]:
     """The settings that decide a stage, as plain values; files count by their content, never by their path."""
     sources = config.paths.sources
-    what = {path: _by_content(plain(section(config, path)), path, sources) for path in STAGES[stage].settings}
+    what = {path: _by_content(plain(section(config, path)), path, sources) for path in decides(config, stage)}
     for path in STAGES[stage].grows + STAGES[stage].requests + STAGES[stage].how:
         head, _, leaf = path.rpartition(".")
         what[head] = {key: value for key, value in what[head].items() if key != leaf}
@@ -222,7 +238,7 @@ class Dag:
         config = self.config
         return Job(
             stage=stage,
-            what={path: section(config, path) for path in STAGES[stage].settings},
+            what={path: section(config, path) for path in decides(self.config, stage)},
             fingerprint=self.fingerprints[stage],
             output=self._folder(stage),
             inputs={read: self.statuses[read].job.output for read in reads(config, stage)} | self._mixed(stage),

@@ -120,6 +120,7 @@ class PrecomputeLatentsConfig:
     channels_last: bool  # memory format of the encoder; another one gives other bytes
     check_samples: int  # samples of each shard that are decoded back
     min_psnr: float  # dB; mean of the decoded-back samples of a shard
+    text_features: bool  # what a frozen text encoder makes of each caption is cached too, and training reads that
 
 
 @dataclass(frozen=True)

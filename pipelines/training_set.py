@@ -165,13 +165,21 @@ def bucket_shapes_of(infos: list[ShardInfo], network: AutoencoderConfig) -> list
 def check_caches(caches: list[Cache], records: dict[str, dict[int, Record]], job: Job) -> None:
     """Refuses latents that cannot be trained on, or not together, before a worker starts."""
     sides: dict[int, StageFolder] = {}
+    contexts = {}
     for cache in caches:
         check_cache(cache.latents, records[cache.name], job)
+        contexts[cache.latents.path] = cached_context(cache.latents, job)
         for record in records[cache.name].values():
             sides.setdefault(record.facts["latent_side"], cache.latents)
     if len(sides) > 1:
         found = ", ".join(f"{side} in {latents.path}" for side, latents in sides.items())
         raise ValueError(f"latents that are mixed must be of one size; their sides are {found}; see dataset.mixture")
+    if len(set(map(bool, contexts.values()))) > 1:
+        found = ", ".join(f"{path}: {'yes' if context else 'no'}" for path, context in contexts.items())
+        raise ValueError(
+            f"caches that are mixed must all hold their captions' contexts, or none of them: {found} "
+            f"(dataset.precompute_latents.text_features)"
+        )
 
 
 def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> None:
@@ -202,6 +210,25 @@ def check_cache(latents: StageFolder, records: dict[int, Record], job: Job) -> N
     if len(sides) > 1:
         raise ValueError(f"{latents.path} has latents with sides {sorted(sides)}, expected one; {WAY}")
     check_scale(latents, records, used.scale_factor)
+
+
+def cached_context(latents: StageFolder, job: Job) -> list[int] | None:
+    """l, d of the captions' contexts that training reads from a cache; None where it encodes captions itself.
+
+    Raises ValueError where another frozen text encoder made them than the one that is trained beside.
+    """
+    made = (latents.read_plan() or {"what": {}})["what"].get("text_encoder")
+    if made is None or (text := job.what["text_encoder"]) is None or text.kind != "clip":
+        return None
+    asked = job.output.read_plan()["what"]["text_encoder"]
+    if made != asked:
+        changed = [name for name in asked if made.get(name) != asked[name]]
+        found = ", ".join(f"{name} {made.get(name)}" for name in changed)
+        raise ValueError(
+            f"the captions of {latents.path} were encoded by a text encoder with {found}; asked for is "
+            f"{', '.join(f'{name} {asked[name]}' for name in changed)}; {WAY}"
+        )
+    return [text.length, text.width]
 
 
 def check_scale(latents: StageFolder, records: dict[int, Record], scale_factor: float) -> None:

@@ -30,12 +30,11 @@ from torch import Tensor
 from ldm.models.autoencoder import draw_latent
 from ldm.models.tokenizer import Tokenizer
 from ldm.node_cache import NodeCache
-from ldm.shards import CorruptSample, ShardInfo, ShardReader, decode_array, open_shard
+from ldm.shards import CONTEXT, MIRRORED, CorruptSample, ShardInfo, ShardReader, decode_array, open_shard
 from ldm.training.mixture import MixedOrder
 from ldm.training.order import Order, held_out
 from ldm.training.prefetch import Prefetcher
 
-MIRRORED = "flipped.npy"  # member of a sample with the latent of the mirrored picture
 OTHER_FILES = 256  # open beside shards: libraries, sockets, checkpoints
 OBJECTS = 700  # bytes of Python's own that a sample in memory takes beside its data
 
@@ -54,6 +53,7 @@ class TrainData:
     shapes: list[list[int]] | None = None  # c, h, w of each shard's latents where they differ; null: all latent_shape
     caches: list[int] | None = None  # which of several mixed caches each shard belongs to; null: there is one
     weights: tuple[float, ...] = (1.0,)  # of the caches: shares of the samples that are seen
+    context_shape: list[int] | None = None  # l, d of what a frozen text encoder made of each caption; null: not cached
     node_cache: NodeCache | None = None  # where a node keeps shards of an object store; null: all lie on disk
 
     @property
@@ -98,7 +98,7 @@ def mix(sets: Sequence[TrainData], weights: Sequence[float]) -> TrainData:
     if len(sets) != len(weights) or min(weights) <= 0:
         raise ValueError(f"{len(sets)} caches have weights {list(weights)}; expected one above 0 for each")
     for other in sets[1:]:
-        for name in ("field", "latent_shape", "scale_factor"):
+        for name in ("field", "latent_shape", "scale_factor", "context_shape"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(
                     f"caches that are mixed must agree: {name} is {getattr(first, name)} in the first and "
@@ -197,6 +197,7 @@ class _Sample:
     caption: str
     latent: np.ndarray  # (2c, h, w) moments or (c, h, w)
     mirrored: np.ndarray | None  # the same of the mirrored picture, where the cache has it
+    context: np.ndarray | None  # (l, d) of the caption, where it is read from the cache
     bytes: int  # that are in memory for it
 
 
@@ -234,8 +235,10 @@ class Loader:
         workers: int = 0,
         cache_bytes: int = 0,
         pin: bool = False,
+        null_context: np.ndarray | None = None,
     ) -> None:
         self.data, self.draw, self.tokenizer = data, draw, tokenizer
+        self.null_context = null_context  # (l, d) of the empty caption, where contexts are read from the cache
         self.order = order_of(data, draw.seed, lanes, window_shards, batch_size)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size, self.pin = rank, world_size, pin
@@ -279,14 +282,13 @@ class Loader:
             draw_latent(latent, noise, self.data.scale_factor)
             for latent, noise in zip(latents.split(1), torch.from_numpy(posterior).split(1), strict=True)
         ]
-        captions = ["" if dropped else sample.caption for sample, (_, dropped) in zip(samples, drawn, strict=True)]
         batch = Batch(
             keys=[sample.key for sample in samples],
             positions=torch.tensor(positions, dtype=torch.int64),
             z0=torch.cat(z0),
             eps=torch.from_numpy(eps),
             t=torch.tensor([t for t, _ in drawn], dtype=torch.int64),
-            condition={} if self.tokenizer is None else {"tokens": self.tokenizer(captions)},
+            condition=self._condition(samples, [dropped for _, dropped in drawn]),
         )
         return batch.pin() if self.pin else batch
 
@@ -309,6 +311,15 @@ class Loader:
     def _side(self, sample: _Sample, position: int) -> np.ndarray:
         """The latent of a picture or of its mirror image."""
         return sample.mirrored if sample.mirrored is not None and self.draw.mirrors(position) else sample.latent
+
+    def _condition(self, samples: list[_Sample], dropped: list[bool]) -> dict[str, Tensor]:
+        pairs = list(zip(samples, dropped, strict=True))
+        if self.data.context_shape is not None:
+            contexts = [self.null_context if empty else sample.context for sample, empty in pairs]
+            return {"context": torch.from_numpy(np.stack(contexts))}  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            return {}
+        return {"tokens": self.tokenizer(["" if empty else sample.caption for sample, empty in pairs])}
 
     # -- from disk -----------------------------------------------------------------------------------------------
     def _row(self, position: int) -> tuple[int, int]:
@@ -340,25 +351,18 @@ class Loader:
                 self._cache[shard, row] = sample
 
     def _read(self, shard: int, row: int) -> _Sample:
+        data, tar = self.data, self.data.shards[shard].tar
         key, fields = self._reader(shard).read(row)
-        if self.data.field not in fields:
-            tar = self.data.shards[shard].tar
-            raise CorruptSample(f"{tar}: sample {key} has {sorted(fields)}, not {self.data.field}")
-        latent = self._latent(fields[self.data.field], shard, key)
-        mirrored = self._latent(fields[MIRRORED], shard, key) if MIRRORED in fields else None
+        c, h, w = data.shape_of(shard)
+        shape = (2 * c if data.field == "moments.npy" else c, h, w)
+        latent = _array(fields, data.field, shape, tar, key)
+        mirrored = _array(fields, MIRRORED, shape, tar, key) if MIRRORED in fields else None
+        context = _array(fields, CONTEXT, tuple(data.context_shape), tar, key) if data.context_shape else None
         size = sum(map(len, fields.values())) + OBJECTS
-        sample = _Sample(key, fields.get("txt", b"").decode(), latent, mirrored, size)
+        sample = _Sample(key, fields.get("txt", b"").decode(), latent, mirrored, context, size)
         if size <= self._cache_left:
             self._keep(shard, row, sample)
         return sample
-
-    def _latent(self, data: bytes, shard: int, key: str) -> np.ndarray:
-        latent, (c, h, w) = decode_array(data), self.data.shape_of(shard)
-        channels = 2 * c if self.data.field == "moments.npy" else c
-        if latent.shape != (channels, h, w):
-            tar = self.data.shards[shard].tar
-            raise CorruptSample(f"{tar}: sample {key} has shape {latent.shape}, expected {(channels, h, w)}")
-        return latent
 
     def _open(self, shard: int) -> ShardReader:
         reader = open_shard(self.data.shards[shard], self.data.node_cache)
@@ -379,3 +383,13 @@ def allow_open_files(*loaders: Loader) -> None:
             f"training may have {needed} files open at once, {OTHER_FILES} of them no shards, and this system allows a "
             f"process {most} (ulimit -Hn); raise that, or start a new run with lower training.lanes or window_shards"
         )
+
+
+def _array(fields: dict[str, bytes], name: str, shape: tuple[int, ...], tar: str, key: str) -> np.ndarray:
+    """A member of a sample that must be there and of a shape."""
+    if name not in fields:
+        raise CorruptSample(f"{tar}: sample {key} has {sorted(fields)}, not {name}")
+    array = decode_array(fields[name])
+    if array.shape != shape:
+        raise CorruptSample(f"{tar}: sample {key} has shape {array.shape}, expected {shape}")
+    return array

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -87,13 +88,6 @@ def train(
     world = join()
     first = world.rank == 0
 
-    # Data: the same sequence of samples, noise and timesteps for every number of processes.
-    trained_on, held_out = hold_out(data, training.held_out_shards)
-    tokenizer = make_tokenizer(settings.text_encoder) if settings.text_encoder else None
-    loader = make_loader(settings, trained_on, tokenizer, run, world)
-    held_out_loader = make_loader(settings, held_out, tokenizer, run, world, validation=True) if held_out else None
-    allow_open_files(*filter(None, (loader, held_out_loader)))
-
     # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averaged weights.
     torch.manual_seed(training.seed)
     denoiser = make_denoiser(settings.unet, settings.text_encoder)
@@ -106,6 +100,14 @@ def train(
     schedule = schedule_of(diffusion).to(world.device)
     engine = Engine(denoiser, training, run, world)
     ema = Ema(engine.stretches(), training.ema_decay, lambda name: training.ema_of == "all" or name.startswith("unet."))
+
+    # Data: the same sequence of samples, noise and timesteps for every number of processes.
+    trained_on, held_out = hold_out(data, training.held_out_shards)
+    tokenizer = make_tokenizer(settings.text_encoder) if settings.text_encoder else None
+    null = null_context(frozen, tokenizer, world.device) if data.context_shape else None
+    loader = make_loader(settings, trained_on, tokenizer, null, run, world)
+    held_out_loader = held_out and make_loader(settings, held_out, tokenizer, null, run, world, validation=True)
+    allow_open_files(*filter(None, (loader, held_out_loader)))
 
     # Where the last run got to.
     config = run_config(settings, data, frozen)
@@ -127,7 +129,10 @@ def train(
             log_line.info("goes on from %s", last.path)
     check_skipped_samples(training, samples_seen)
     batches = loader.batches(samples_seen)
-    flop = costs_of(settings, data.latent_shape).step_flop() if peak_flops is not None and first else None
+    flop = None
+    if peak_flops is not None and first:
+        costs = costs_of(settings, data.latent_shape)
+        flop = costs.step_flop() - (costs.frozen_flop if data.context_shape else 0)
     meter = Meter(world, flop and flop / (peak_flops * world.world_size))
     shown, stopping, validated = step, False, None
     saving: checkpoint.Saving | None = None  # what is being written while training goes on
@@ -421,6 +426,7 @@ def make_loader(
     settings: TrainSettings,
     data: TrainData,
     tokenizer: Tokenizer | None,
+    null_context: np.ndarray | None,
     run: TrainingRunConfig,
     world: World,
     validation: bool = False,
@@ -442,6 +448,7 @@ def make_loader(
         workers=0 if validation else run.loader_workers,
         cache_bytes=run.loader_cache_bytes,
         pin=world.device.type == "cuda",
+        null_context=null_context,
     )
 
 
@@ -459,6 +466,12 @@ def settle(
         rules = (run.keep_checkpoints, run.keep_every_steps, run.keep_best)
         log_checkpoint(kept, checkpoint.retain(output, *rules, tell, but=copier.under_way))
         copier.look()
+
+
+def null_context(frozen: Frozen, tokenizer: Tokenizer, device: torch.device) -> np.ndarray:
+    """What the frozen text encoder makes of the empty caption (l, d), as a cache holds it of the others."""
+    context = frozen.encode({"tokens": tokenizer.null[None].to(device)})["context"]
+    return context[0].to("cpu", torch.float16).numpy()
 
 
 def seed_dropout(seed: int, batch: Batch) -> None:

@@ -4,7 +4,8 @@ download/000042.tar + filter_images/000042.parquet -> precompute_latents/256/000
 
 Samples are {key.moments.npy fp16, key.txt}, and with flip=true key.flipped.npy besides, encoded from mirrored pixels.
 A folder for each resolution, so that a 256 px run never reads the bytes of another; with buckets a folder for each
-shape in it, "256/192x320". All of them come from one decode of the picture, in threads beside the encoder.
+shape in it, "256/192x320". All of them come from one decode of the picture, in threads beside the encoder. With
+text_features=true a sample has key.context.npy besides, fp16: what a frozen text encoder makes of its caption.
 
 Moments are stored unscaled, for the trainer to draw fresh noise and scale; captions are stored whole. A shard's bytes
 depend on its input and its settings only. Some samples of every shard are decoded back and compared with their
@@ -30,8 +31,9 @@ from torch import Tensor
 from ldm.buckets import bucket_shapes, fit, nearest_shape
 from ldm.config import AutoencoderSettings
 from ldm.encode import Encoder, Stored, TooLarge, to_stored
+from ldm.encode_text import CaptionEncoder
 from ldm.images import decode_rgb, to_tensor
-from ldm.shards import ShardWriter, encode_array
+from ldm.shards import CONTEXT, MIRRORED, ShardWriter, encode_array
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
 from pipelines.settings import PrecomputeLatentsConfig
@@ -94,6 +96,10 @@ class Worker:
             settings_of(job), self.device, batch_size=settings.batch_size, precision=settings.precision,
             threads=settings.threads, channels_last=settings.channels_last,
         )  # fmt: skip
+        self.captions = None if not settings.text_features else CaptionEncoder(
+            job.what["text_encoder"], self.device, batch_size=settings.batch_size, precision=settings.precision,
+            threads=settings.threads,
+        )  # fmt: skip
         self.field = "moments.npy" if self.encoder.autoencoder.config.posterior == "kl" else "latent.npy"
         self.shapes = shapes_of(settings)
         # As many threads decode as the stage is given processors; what they make does not depend on how many.
@@ -135,42 +141,40 @@ class Worker:
     def _encode(self, shard: int, place: Path) -> dict[str, Any]:
         """Writes the latents of a shard; returns what was measured on them."""
         writers, measured = first_writers(self.settings, place, shard), Measured()
-        for group, encoded, flipped in self._encoded(self._groups(shard)):
+        for group, encoded in self._encoded(self._groups(shard)):
             if group.folder not in writers:
                 writers[group.folder] = open_writer(place, group.folder, shard)
-            self._write(writers[group.folder], group, encoded, flipped, measured)
+            self._write(writers[group.folder], group, encoded, measured)
         facts = close_writers(writers, self.settings, self.encoder.autoencoder.factor)
         self._check_psnr(shard, measured)
         return {**facts, **measured.facts(), "device": self.device.type, "torch": torch.__version__}
 
-    def _encoded(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Stored, Stored | None]]:
-        """Groups with what was encoded of them, the next one under way on the device while one is written."""
+    def _encoded(self, groups: Iterable[Group]) -> Iterator[tuple[Group, dict[str, Stored]]]:
+        """Groups with what was encoded of them, by member; the next one is under way while one is written."""
         before = None
         for group in groups:
-            encoded = Stored(self.encoder.encode(group.image))
-            # Mirrored latents would be wrong: an encoder does not commute with mirrors.
-            flipped = Stored(self.encoder.encode(group.image.flip(-1))) if self.settings.flip else None
+            encoded = {self.field: Stored(self.encoder.encode(group.image))}
+            if self.settings.flip:  # mirrored latents would be wrong: an encoder does not commute with mirrors
+                encoded[MIRRORED] = Stored(self.encoder.encode(group.image.flip(-1)))
+            if self.captions is not None:
+                encoded[CONTEXT] = Stored(self.captions.encode([caption.decode() for caption in group.captions]))
             if before is not None:
                 yield before
-            before = group, encoded, flipped
+            before = group, encoded
         if before is not None:
             yield before
 
-    def _write(
-        self, writer: ShardWriter, group: Group, encoded: Stored, flipped: Stored | None, measured: Measured
-    ) -> None:
-        stored = to_stored(group.keys, encoded)
-        mirrored = None if flipped is None else to_stored(group.keys, flipped)
+    def _write(self, writer: ShardWriter, group: Group, encoded: dict[str, Stored], measured: Measured) -> None:
+        arrays = {name: to_stored(group.keys, each) for name, each in encoded.items()}
+        stored = arrays[self.field]
         psnrs = measured.psnrs[group.folder]
         if wanted := self.settings.check_samples - len(psnrs):
             psnrs += self.encoder.psnr(group.image[:wanted], stored[:wanted])
         if group.folder.partition("/")[0] == str(self.settings.resolution):
             measured.add(stored[:, : self.encoder.latent_channels].numpy())
         for i, (key, caption) in enumerate(zip(group.keys, group.captions, strict=True)):
-            fields = {self.field: encode_array(stored[i].numpy()), "txt": caption}
-            if mirrored is not None:
-                fields["flipped.npy"] = encode_array(mirrored[i].numpy())
-            writer.write(key, fields)
+            fields = {name: encode_array(array[i].numpy()) for name, array in arrays.items()}
+            writer.write(key, {**fields, "txt": caption})
 
     def _check_psnr(self, shard: int, measured: Measured) -> None:
         for folder, psnrs in measured.psnrs.items():

@@ -27,6 +27,7 @@ from pipelines.training_set import (
     Cache,
     autoencoder_settings,
     bucket_shapes_of,
+    cached_context,
     caches_of,
     check_caches,
     closed_records,
@@ -171,6 +172,7 @@ def cache_data(
         latent_shape=[network.latent_channels, *(2 * [side.pop()])],
         scale_factor=autoencoder.scale_factor,
         shapes=bucket_shapes_of(infos, network),
+        context_shape=cached_context(latents, job),
         node_cache=latents.cache,
     )
 

@@ -28,7 +28,8 @@ from tests.pipelines.small_cache import make_cache, picture
 KEY = "00000000"
 MB, SECONDS = 5, 5.0  # that a refusal may cost
 PICKLES = ("pyd", "pth", "pkl", "pickle", "pt")
-PLAN = {"fingerprint": "f", "what": {"autoencoder.network": {"posterior": "kl", "factor": 8, "latent_channels": 4}}}
+PLAN = {"fingerprint": "f", "what": {"autoencoder.network": {"posterior": "kl", "factor": 8, "latent_channels": 4},
+                                     "dataset.precompute_latents": {"flip": False}}}  # fmt: skip
 
 
 class Payload:

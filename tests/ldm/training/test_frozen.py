@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.config import ClipTowerConfig, SampleGridConfig, TrainSettings
+from ldm.encode_text import CaptionEncoder
 from ldm.models.clip import ClipTextEncoder
 from ldm.models.denoiser import make_denoiser
+from ldm.models.tokenizer import make_tokenizer
+from ldm.shards import CorruptSample, ShardWriter, encode_array, iterate_tar
 from ldm.training import train as loop
 from ldm.training.checkpoint import newest, step_name
 from ldm.training.frozen import Frozen
-from ldm.training.loader import TrainData
+from ldm.training.loader import Draw, Loader, TrainData
 from tests.ldm.training import processes
 from tests.ldm.training.test_train import work
 from tests.ldm.training.tiny import RUN, SEED, TEXT_ENCODER, UNET, settings, write_data
@@ -100,6 +105,57 @@ def test_it_does_not_go_on_beside_another_tower(data: TrainData, tmp_path: Path)
     assert isinstance(error, ValueError) and "text_encoder: '" in str(error) and "name=OTHER" in str(error)
     last = newest(tmp_path / "train")
     assert last is not None and last.config["frozen"].keys() == {"text_encoder"}
+
+
+def with_contexts(data: TrainData, folder: Path, path: str) -> TrainData:
+    """The same latents, with what a tower makes of each caption beside it."""
+    folder.mkdir()
+    encoder = CaptionEncoder(replace(CLIP, weights=path), torch.device("cpu"), batch_size=4, precision="float32",
+                             threads=1)  # fmt: skip
+    infos = []
+    for info in data.shards:
+        writer = ShardWriter(folder / Path(info.tar).name, folder / Path(info.index).name)
+        for key, fields in iterate_tar(info.tar):
+            context = encoder.encode([fields["txt"].decode()])[0].half().numpy()
+            writer.write(key, {**fields, "context.npy": encode_array(context)})
+        writer.close()
+        sha256 = hashlib.sha256(writer.index.read_bytes()).hexdigest()
+        infos.append(replace(info, tar=str(writer.tar), index=str(writer.index), index_sha256=sha256))
+    return replace(data, shards=infos, context_shape=[CLIP.length, CLIP.width])
+
+
+def test_training_reads_contexts_from_the_cache_as_it_would_make_them(data: TrainData, tmp_path: Path) -> None:
+    path = weights(tmp_path, SEED + 1)
+    what = clip_settings(path, caption_dropout=0.5, held_out_shards=1, validate_every_steps=8, validation_samples=8)
+    what = replace(what, training=replace(what.training, max_steps=16, learning_rate=0.02, lr_schedule="constant"))
+    losses = []
+    for each in (data, with_contexts(data, tmp_path / "contexts", path)):
+        output, run = tmp_path / f"train-{len(losses)}", replace(RUN, micro_batch_size=8, checkpoint_every_steps=100)
+        (result,) = processes.run(work, what, each, output, run)
+        assert not isinstance(result, Exception), result
+        losses.append([value for _, values in result["logged"] for name, value in values.items() if "loss" in name])
+    # The cache holds fp16, so that they are nearly equal; and that they are not quite shows that contexts are seen.
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_dropped_caption_has_the_context_of_the_empty_one(data: TrainData, tmp_path: Path) -> None:
+    path = weights(tmp_path, SEED + 1)
+    made, null = with_contexts(data, tmp_path / "contexts", path), np.full((CLIP.length, CLIP.width), 7, np.float16)
+    options = {"lanes": 2, "window_shards": 2, "batch_size": 16, "micro_batch_size": 16}
+    batch = Loader(made, Draw(SEED, 1000, 0.5), make_tokenizer(CLIP), null_context=null, **options).batch(range(16))
+    tokens = Loader(data, Draw(SEED, 1000, 0.5), make_tokenizer(CLIP), **options).batch(range(16)).condition["tokens"]
+    assert batch.condition.keys() == {"context"} and batch.condition["context"].dtype == torch.float16
+    tower = ClipTextEncoder(CLIP)
+    tower.load_state_dict(load_file(path))
+    with torch.no_grad():
+        expected = tower.eval()(tokens)
+    dropped = (tokens == make_tokenizer(CLIP).null).all(1)
+    assert 0 < dropped.sum() < 16 and (batch.condition["context"][dropped] == 7).all()
+    torch.testing.assert_close(batch.condition["context"][~dropped].float(), expected[~dropped], atol=2e-3, rtol=2e-3)
+    with pytest.raises(CorruptSample, match=r"has .'moments.npy', 'txt'., not context.npy"):
+        Loader(replace(data, context_shape=[CLIP.length, CLIP.width]), Draw(SEED, 1000, 0.5), None, **options).batch(
+            range(2)
+        )
 
 
 def test_what_it_makes_of_tokens_is_what_the_whole_model_would_read() -> None:
