@@ -212,7 +212,7 @@ def test_noise_timesteps_and_dropout_have_their_distributions(tmp_path: Path) ->
 def test_posterior_noise_is_fresh_each_epoch_and_z0_is_scaled(tmp_path: Path) -> None:
     data = replace(write_data(tmp_path, [1]), scale_factor=0.5)
     (batch,) = take(make(data, batch_size=2, lanes=1), 1)
-    moments = torch.from_numpy(decode_array(ShardReader(data.shards[0]).read(0)[1]["moments.npy"]))
+    moments = torch.from_numpy(decode_array(ShardReader(data.shards[0]).read(0)[1]["moments.npy"]).copy())
     mean, logvar = moments.float().chunk(2)
     drawn = (batch.z0 / 0.5 - mean) / torch.exp(logvar / 2)
     assert not torch.equal(drawn[0], drawn[1]) and 0.5 < drawn.std() < 1.5
