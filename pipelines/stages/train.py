@@ -146,7 +146,8 @@ def train_data(job: Job, selections: dict[str, str]) -> TrainData:
     used, sets = job.what["autoencoder"], []
     for cache in caches_of(job):
         selection, latents = job.output / cache.selection, cache.latents
-        sets.append(cache_data(latents, closed_records(latents), used, selection, selections[cache.name]))
+        data = cache_data(latents, closed_records(latents), used, selection, selections[cache.name])
+        sets.append(replace(data, context_shape=cached_context(latents, job)))
     return mix(sets, [1.0, *job.what["dataset.mixture"].values()]) if len(sets) > 1 else sets[0]
 
 
@@ -172,7 +173,6 @@ def cache_data(
         latent_shape=[network.latent_channels, *(2 * [side.pop()])],
         scale_factor=autoencoder.scale_factor,
         shapes=bucket_shapes_of(infos, network),
-        context_shape=cached_context(latents, job),
         node_cache=latents.cache,
     )
 
