@@ -7,6 +7,7 @@ stage on its own kind of resource, a bounded number in flight. `run_once` runs a
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
 import os
@@ -366,14 +367,49 @@ def _beside(work: Callable[[], object]) -> None:
     outcome.result()
 
 
-def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources,
-                    scratch: Path) -> None:
+# Errors of training that a restart would meet again: refusals of ours, mistakes in settings or code, a full disk. All
+# others are what befalls machines, devices and connections.
+MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, FileNotFoundError)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _comes_again(error: Exception) -> bool:
+    cause = getattr(error, "cause", None) or error
+    refused = getattr(cause, "stops_the_run", False) or isinstance(cause, MISTAKES)
+    return refused or getattr(cause, "errno", None) in FULL
+
+
+def launch_training(
+    worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources, scratch: Path
+) -> None:
     """Runs `worker(arguments)` in a group of processes that share a torch.distributed group, one for each GPU.
 
-    Ray Train is never handed a checkpoint: it restarts the function, which finds the newest committed one itself.
-    `scratch` is a folder that all nodes see; Ray Train keeps its own notes there while the group runs.
+    A killed process, a lost node or a broken connection starts the group again, up to `max_failures` times: the
+    function finds the newest committed checkpoint itself. Ray Train would do so after every error; one that comes again
+    by nature ends the run here. `scratch` is a folder that all nodes see; Ray Train keeps its own notes there while
+    the group runs.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import TrainingFailedError
+
+    restarts = 0
+    while True:
+        try:
+            return _train_once(worker, arguments, resources, scratch)
+        except TrainingFailedError as error:
+            failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+            rank = next((rank for rank in sorted(failures) if _comes_again(failures[rank])), min(failures))
+            what = f"first in rank {rank}: {_cause(failures[rank])}"
+            if _comes_again(failures[rank]) or restarts == resources.max_failures:
+                raise StageFailed(f"train failed, {what}") from error
+        restarts += 1
+        print(f"training failed, {what.splitlines()[0]}; restart {restarts} of {resources.max_failures}", flush=True)
+
+
+def _train_once(
+    worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources, scratch: Path
+) -> None:
+    """One group of workers, until they are done or the first of them fails. Preempted nodes Ray Train replaces."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     name = uuid.uuid4().hex[:12]
@@ -386,14 +422,9 @@ def launch_training(worker: Callable[[dict[str, Any]], None], arguments: dict[st
             use_gpu=resources.num_gpus > 0,
             resources_per_worker={"CPU": resources.num_cpus, "GPU": resources.num_gpus},
         ),
-        run_config=RunConfig(name=name, storage_path=str(scratch),
-                             failure_config=FailureConfig(max_failures=resources.max_failures)),
+        run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
     )
     try:
         _beside(trainer.fit)
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
-        rank = min(failures)
-        raise StageFailed(f"train failed, first in rank {rank}: {_cause(failures[rank])}") from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
