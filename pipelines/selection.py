@@ -11,6 +11,9 @@ Beside it lies a file of reasons, one for each sample, which nothing but reports
 A sample that is not used has one reason, the first of: removed, <score>_out_of_bounds, exact_duplicate, near_duplicate,
 below_top_percent, near_duplicate_of_trained. Of duplicates the lowest key stays, whichever shard it is in; the last
 reason is for samples of held-out shards that look like one that is trained on.
+
+What one sample decides for itself is decided shard by shard. What needs the whole set (duplicates, the best per cent)
+is left to a database that spills: memory holds a few bytes for each sample, and what the database is allowed.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ import numpy as np
 
 from pipelines.dag import weights_path
 from pipelines.manifest import StageFolder, sha256_file, shard_name
-from pipelines.near_duplicates import near_any, near_duplicates
-from pipelines.settings import SelectionConfig
+from pipelines.near_duplicates import HASH_BITS, near_any, near_duplicates
+from pipelines.settings import SelectionConfig, TableResources
+from pipelines.spilling import Tables, database
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,26 +39,41 @@ if TYPE_CHECKING:
 REASONS = "reasons.parquet"  # of this run's own samples, beside selection.parquet
 READ_AT_ONCE = 64  # shards of a file of reasons
 READERS = 16  # shards whose parquet is read at once: an object store takes long to answer, and answers many at a time
+SELECTION = 1  # raised by hand when equal rules let other samples through
+ROWS_AT_ONCE = 1 << 18  # that the database takes
+OTHERS_AT_ONCE = 1 << 22  # hashes that held-out samples are compared with
 Shard = Any  # a shard's number, or (cache, number) where several caches are mixed
 # What a line of a removal list may be: the sample's name, its address, or a hash of the file as it came or is stored.
 REMOVED_BY = ("key", "url", "md5_of_source", "sha256_of_source", "sha256", "hash")
 
 
-def samples(metadata: StageFolder, images: StageFolder, shard: int) -> pa.Table:
-    """What is known of the samples of a latent shard, in its order: url, scores and hashes by key."""
+def samples(
+    metadata: StageFolder, images: StageFolder, shard: int, columns: Collection[str] | None = None
+) -> pa.Table:
+    """What is known of the samples of a latent shard, in its order: key, and all else or these columns of it.
+
+    Where one of them is in neither file all columns are read, for the error that names those that there are.
+    """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     name = f"{shard_name(shard)}.parquet"
     with pq.ParquetFile(images.readable(name)) as verdicts:
-        names = [name for name in verdicts.schema_arrow.names if name != "embedding"]
-        kept = verdicts.read(names, use_threads=False).filter(pc.field("verdict") == "")
+        seen = [name for name in verdicts.schema_arrow.names if name != "embedding"]
+        first = [name for name in seen if columns is None or name in {"key", "verdict", *columns}]
+        kept = verdicts.read(first, use_threads=False).filter(pc.field("verdict") == "")
+    if columns is not None and set(columns) <= {*seen}:
+        return kept
     with pq.ParquetFile(metadata.readable(name)) as rows:
-        known = rows.read(use_threads=False)
+        others = [name for name in rows.schema_arrow.names if name not in seen]
+        if columns is not None:
+            if set(columns) - {*seen, *others, *REMOVED_BY}:
+                return samples(metadata, images, shard)
+            others = [name for name in others if name in columns]
+        known = rows.read(["key", *others], use_threads=False)
     known = known.take(pc.index_in(kept["key"], known["key"]))
-    for column in known.column_names:
-        if column not in names:
-            kept = kept.append_column(column, known[column])
+    for column in others:
+        kept = kept.append_column(column, known[column])
     return kept
 
 
@@ -67,12 +86,12 @@ def removal_list(path: str | Path) -> set[str]:
 def is_removed(table: pa.Table, removed: set[str]) -> np.ndarray:
     """(n,) bool: the samples that a removal list names by key, URL or hash."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    words, found = pa.array(sorted(removed), pa.string()), np.zeros(table.num_rows, bool)
+    found = np.zeros(table.num_rows, bool)
     for name in REMOVED_BY:
         if name in table.column_names:
-            found |= pc.is_in(table[name].cast(pa.string()), value_set=words).to_numpy()
+            words = table[name].cast(pa.string()).to_pylist()
+            found |= np.fromiter((word in removed for word in words), bool, len(words))
     return found
 
 
@@ -89,22 +108,14 @@ def score_of(table: pa.Table, score: str, setting: str) -> np.ndarray:
 class Chosen:
     """All samples in the order of their keys, and for each why it is not used (0: it is)."""
 
-    def __init__(self, sizes: dict[Shard, int]) -> None:
-        self.sizes, self.reasons = sizes, ["used"]
-        self.why = np.zeros(sum(sizes.values()), np.uint8)
+    def __init__(self, sizes: dict[Shard, int], reasons: list[str], why: np.ndarray) -> None:
+        self.sizes, self.reasons, self.why = sizes, reasons, why
 
-    def drop(self, where: np.ndarray, reason: str) -> None:
-        """Gives a reason to those samples of `where` (bool, or their numbers) that have none yet."""
-        chosen = np.zeros(len(self.why), bool)
-        chosen[where] = True
+    def drop(self, places: np.ndarray, reason: str) -> None:
+        """Gives a reason to samples that have none yet."""
         if reason not in self.reasons:
             self.reasons.append(reason)
-        self.why[chosen & (self.why == 0)] = self.reasons.index(reason)
-
-    @property
-    def used(self) -> np.ndarray:
-        """The numbers of the samples that are used so far."""
-        return np.flatnonzero(self.why == 0)
+        self.why[places] = self.reasons.index(reason)
 
     def whys(self) -> dict[Shard, np.ndarray]:
         """For each shard (n,) uint8: which of `reasons` each sample has."""
@@ -121,73 +132,151 @@ class Chosen:
         return Counter({reason: n for reason, n in zip(self.reasons[1:], counts[1:], strict=True) if n})
 
 
+def columns_read(settings: SelectionConfig, apart: bool) -> set[str]:
+    """The columns that a selection reads; `apart`: held-out samples are compared with the others."""
+    columns = {"key", *settings.thresholds, *(REMOVED_BY if settings.removed else ())}
+    columns |= {"sha256"} if settings.exact_duplicates else set()
+    columns |= {"phash"} if _asks_for_looks(settings, apart) else set()
+    return columns | ({settings.top_score} if settings.top_score else set())
+
+
+def _asks_for_looks(settings: SelectionConfig, apart: bool) -> bool:
+    return settings.near_duplicate_bits is not None or apart and settings.held_out_near_duplicate_bits is not None
+
+
 def select(
-    shards: Iterable[tuple[Shard, pa.Table]], settings: SelectionConfig, held_out: Collection[Shard] = ()
-) -> Chosen:
+    shards: Iterable[tuple[Shard, pa.Table]], settings: SelectionConfig, limits: TableResources, scratch: Path,
+    held_out: Collection[Shard] = (),
+) -> Chosen:  # fmt: skip
     """Which samples are used, and why the others are not; of duplicates the one that comes first stays.
 
-    In the shards that are `held_out` no sample stays that looks like one of the others.
+    In the shards that are `held_out` no sample stays that looks like one of the others. What is more than the limits
+    allow spills into the folder `scratch`.
     """
-    removed = removal_list(weights_path(settings.removed)) if settings.removed else set()
-    sizes: dict[Shard, int] = {}
-    columns: dict[str, list[np.ndarray]] = {}  # of what the whole set is needed for
-    for shard, table in shards:
-        sizes[shard] = table.num_rows
-        for name, values in _columns(table, settings, removed, bool(held_out)).items():
-            columns.setdefault(name, []).append(values)
-    known = {name: np.concatenate(parts) for name, parts in columns.items()}
-    chosen = Chosen(sizes)
-    if sizes and len(chosen.why):
-        _decide(chosen, known, settings)
-        _keep_apart(chosen, known, settings, held_out)
+    with database(scratch, limits) as tables:
+        chosen = _read(tables, shards, settings, bool(held_out))
+        _decide(tables, chosen, settings)
+        _keep_apart(tables, chosen, settings, held_out)
     return chosen
 
 
-def _columns(table: pa.Table, settings: SelectionConfig, removed: set[str], apart: bool) -> dict[str, np.ndarray]:
-    """What the whole set must know of a shard: a few numbers for each sample."""
-    found = {"removed": is_removed(table, removed)} if removed else {}
+def _read(
+    tables: Tables, shards: Iterable[tuple[Shard, pa.Table]], settings: SelectionConfig, apart: bool
+) -> Chosen:
+    """Applies the rules on single samples; fills the table `samples` with what else must be known of all others."""
+    import pyarrow as pa
+
+    tables.execute("CREATE TABLE samples (place BIGINT, content UHUGEINT, phash UBIGINT, top_score DOUBLE)")
+    removed = removal_list(weights_path(settings.removed)) if settings.removed else set()
+    sizes: dict[Shard, int] = {}
+    whys, waiting, count = [], [], 0
+    for shard, table in shards:
+        why = _at_sight(table, settings, removed)
+        sizes[shard] = len(why)
+        stay = np.flatnonzero(why == 0)
+        waiting.append(_of_all(table, settings, apart).take(stay).append_column("place", pa.array(count + stay)))
+        whys.append(why)
+        count += len(why)
+        if sum(part.num_rows for part in waiting) >= ROWS_AT_ONCE:
+            _add(tables, waiting)
+            waiting = []
+    _add(tables, waiting)
+    return Chosen(sizes, ["used", *_rules_at_sight(settings)], np.concatenate([np.zeros(0, np.uint8), *whys]))
+
+
+def _rules_at_sight(settings: SelectionConfig) -> list[str]:
+    return ["removed", *(f"{score}_out_of_bounds" for score in settings.thresholds)]
+
+
+def _at_sight(table: pa.Table, settings: SelectionConfig, removed: set[str]) -> np.ndarray:
+    """(n,) uint8: the first rule that holds for each sample, counted from 1, or 0."""
+    falls = [is_removed(table, removed) if removed else np.zeros(table.num_rows, bool)]
     for score, (low, high) in settings.thresholds.items():
         value = score_of(table, score, "thresholds")
-        found[score] = ~((value >= (-np.inf if low is None else low)) & (value <= (np.inf if high is None else high)))
+        falls.append(~((value >= (-np.inf if low is None else low)) & (value <= (np.inf if high is None else high))))
+    return np.where(np.any(falls, 0), 1 + np.argmax(falls, 0), 0).astype(np.uint8)
+
+
+def _of_all(table: pa.Table, settings: SelectionConfig, apart: bool) -> pa.Table:
+    """What must be known of all samples at once: content, looks, the score by which the best are taken."""
+    import pyarrow as pa
+
+    found = {"content": pa.nulls(table.num_rows, pa.string()), "phash": pa.nulls(table.num_rows, pa.uint64()),
+             "top_score": pa.nulls(table.num_rows, pa.float64())}  # fmt: skip
     if settings.exact_duplicates:
-        found["content"] = np.array([digest[:32] for digest in table["sha256"].to_pylist()], "S32")
-    if settings.near_duplicate_bits is not None or apart and settings.held_out_near_duplicate_bits is not None:
-        found["phash"] = table["phash"].to_numpy().astype(np.uint64)
+        found["content"] = table["sha256"]
+    if _asks_for_looks(settings, apart):
+        found["phash"] = table["phash"].cast(pa.uint64())
     if settings.top_score:
-        found["top_score"] = score_of(table, settings.top_score, "top_score")
-    return found
+        score = np.nan_to_num(score_of(table, settings.top_score, "top_score"), nan=-np.inf)
+        found["top_score"] = pa.array(score + 0.0)  # there is no -0.0, which would sort below 0.0
+    return pa.table(found)
 
 
-def _decide(chosen: Chosen, known: dict[str, np.ndarray], settings: SelectionConfig) -> None:
-    """Applies the rules in their order, each to what the ones before it left."""
-    if "removed" in known:
-        chosen.drop(known["removed"], "removed")
-    for score in settings.thresholds:
-        chosen.drop(known[score], f"{score}_out_of_bounds")
-    if "content" in known:
-        used = chosen.used
-        _, first = np.unique(known["content"][used], return_index=True)
-        chosen.drop(np.delete(used, first), "exact_duplicate")
+def _add(tables: Tables, parts: list[pa.Table]) -> None:
+    import pyarrow as pa
+
+    if parts:
+        tables.register("parts", pa.concat_tables(parts))
+        tables.execute("INSERT INTO samples SELECT place, md5_number(content), phash, top_score FROM parts")
+        tables.unregister("parts")
+
+
+def _decide(tables: Tables, chosen: Chosen, settings: SelectionConfig) -> None:
+    """Applies the rules on the whole set in their order, each to what the ones before it left."""
+    import pyarrow as pa
+
+    if settings.exact_duplicates:
+        first = "SELECT content, min(place) AS first FROM samples GROUP BY content HAVING count(*) > 1"
+        repeated = f"SELECT place FROM samples JOIN ({first}) USING (content) WHERE place > first"
+        _drop(tables, chosen, repeated, "exact_duplicate")
     if settings.near_duplicate_bits is not None:
-        used = chosen.used
-        chosen.drop(used[near_duplicates(known["phash"][used], settings.near_duplicate_bits)], "near_duplicate")
+        falls = near_duplicates(tables, len(chosen.why), settings.near_duplicate_bits)
+        tables.register("falling", pa.table({"place": np.flatnonzero(falls)}))
+        _drop(tables, chosen, "SELECT place FROM falling", "near_duplicate")
+        tables.unregister("falling")
     if settings.top_score and settings.top_percent is not None:
-        used = chosen.used
-        scores = np.nan_to_num(known["top_score"][used], nan=-np.inf)
-        best_first = used[np.argsort(-scores, kind="stable")]  # of equal scores the lowest key
-        chosen.drop(best_first[round(len(used) * settings.top_percent / 100) :], "below_top_percent")
+        ((left,),) = tables.execute("SELECT count(*) FROM samples").fetchall()
+        stay = round(left * settings.top_percent / 100)  # of equal scores the lowest key
+        others = f"SELECT place FROM samples ORDER BY top_score DESC, place OFFSET {stay}"
+        _drop(tables, chosen, others, "below_top_percent")
+
+
+def _drop(tables: Tables, chosen: Chosen, query: str, reason: str) -> None:
+    """Drops the places that a query names, here and in the table."""
+    tables.execute(f"CREATE TABLE dropped AS {query}")
+    for batch in tables.sql("SELECT place FROM dropped").to_arrow_reader(ROWS_AT_ONCE):
+        chosen.drop(batch["place"].to_numpy(), reason)
+    tables.execute("DELETE FROM samples WHERE place IN (SELECT place FROM dropped)")
+    tables.execute("DROP TABLE dropped")
 
 
 def _keep_apart(
-    chosen: Chosen, known: dict[str, np.ndarray], settings: SelectionConfig, held_out: Collection[Shard]
+    tables: Tables, chosen: Chosen, settings: SelectionConfig, held_out: Collection[Shard]
 ) -> None:
     """Leaves out those held-out samples that look like one that is trained on."""
-    if not held_out or settings.held_out_near_duplicate_bits is None:
+    bits = settings.held_out_near_duplicate_bits
+    if not held_out or bits is None:
         return
-    is_held_out = np.repeat([shard in held_out for shard in chosen.sizes], list(chosen.sizes.values()))
-    held, trained = (chosen.used[is_held_out[chosen.used] == wanted] for wanted in (True, False))
-    phash, bits = known["phash"], settings.held_out_near_duplicate_bits
-    chosen.drop(held[near_any(phash[held], phash[trained], bits)], "near_duplicate_of_trained")
+    if not 0 <= bits < HASH_BITS:
+        raise ValueError(f"dataset.selection.held_out_near_duplicate_bits={bits}; expected 0 to {HASH_BITS - 1}")
+    held, ends = np.array([shard in held_out for shard in chosen.sizes]), np.cumsum(list(chosen.sizes.values()))
+
+    def parts(wanted: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Places and hashes of the samples that are held out, or of those that are not."""
+        for batch in tables.sql("SELECT place, phash FROM samples").to_arrow_reader(OTHERS_AT_ONCE):
+            places, hashes = batch["place"].to_numpy(), batch["phash"].to_numpy()
+            those = held[np.searchsorted(ends, places, "right")] == wanted
+            yield places[those], hashes[those]
+
+    asked = list(parts(True))
+    if not asked:
+        return
+    places, hashes = (np.concatenate(each) for each in zip(*asked, strict=True))
+    for _, others in parts(False):
+        near = near_any(hashes, others, bits)
+        chosen.drop(places[near], "near_duplicate_of_trained")
+        places, hashes = places[~near], hashes[~near]
 
 
 def write_selection(path: Path, masks: dict[int, np.ndarray]) -> str:
@@ -236,12 +325,14 @@ def read_reasons(path: Path, shards: Collection[int]) -> dict[int, list[str]]:
     return found
 
 
-def all_samples(metadata: StageFolder, images: StageFolder, shards: Iterable[int]) -> Iterator[tuple[int, Any]]:
+def all_samples(
+    metadata: StageFolder, images: StageFolder, shards: Iterable[int], columns: Collection[str] | None = None
+) -> Iterator[tuple[int, Any]]:
     """(shard, what is known of its samples), in the order of the shards; READERS of them are read at once."""
     with ThreadPoolExecutor(READERS) as readers:
         coming = deque[tuple[int, Future[Any]]]()
         for shard in shards:
-            coming.append((shard, readers.submit(samples, metadata, images, shard)))
+            coming.append((shard, readers.submit(samples, metadata, images, shard, columns)))
             if len(coming) > READERS:
                 first, table = coming.popleft()
                 yield first, table.result()

@@ -128,7 +128,9 @@ def check_what_training_sees(dag: Dag) -> None:
     assert [len(shard_infos(latents, record)) for record in closed_records(latents).values()] == [1, 0, 1]
     assert len(read_pictures(jobs["precompute_latents"], 32)[1]) == (SHARDS - 1) * ROWS
     metadata = dag.statuses["filter_metadata"].job.output
-    masks = select(all_samples(metadata, images, range(SHARDS)), dag.config.dataset.selection).masks()
+    limits = dag.config.cluster.filter_metadata
+    known = all_samples(metadata, images, range(SHARDS))
+    masks = select(known, dag.config.dataset.selection, limits, dag.run_folder).masks()
     assert [len(mask) for mask in masks.values()] == [ROWS, 0, ROWS]
 
 

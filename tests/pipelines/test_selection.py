@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import random
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ import pytest
 from pipelines import selection
 from pipelines.config import compose
 from pipelines.dag import Dag
-from pipelines.near_duplicates import near_any, near_duplicates
 from pipelines.selection import read_selection, write_selection
-from pipelines.settings import SelectionConfig
+from pipelines.settings import SelectionConfig, TableResources
 
-SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
+LIMITS = TableResources(threads=1, memory_bytes=100_000_000)
 NOTHING = SelectionConfig(
     thresholds={}, exact_duplicates=False, near_duplicate_bits=None, held_out_near_duplicate_bits=None,
     top_score=None, top_percent=None, removed=None,
@@ -30,8 +29,13 @@ def row(key: int, **scores: Any) -> dict[str, Any]:
 
 
 def select(shards: list[tuple[int, list[dict[str, Any]]]], settings: SelectionConfig, held_out: Any = ()) -> Any:
-    chosen = selection.select(((shard, table(rows)) for shard, rows in shards), settings, held_out)
+    chosen = choose(((shard, table(rows)) for shard, rows in shards), settings, held_out)
     return chosen.masks(), chosen.counts()
+
+
+def choose(shards: Iterable[tuple[int, pa.Table]], settings: SelectionConfig, held_out: Any = ()) -> selection.Chosen:
+    with tempfile.TemporaryDirectory() as scratch:
+        return selection.select(shards, settings, LIMITS, Path(scratch), held_out)
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -68,50 +72,6 @@ def test_of_near_duplicates_the_lowest_key_wins_across_shards() -> None:
     assert masks[1].tolist() == [True, True]
 
 
-def test_bands_find_exactly_what_comparing_all_pairs_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.near_duplicates.FEW", 10)
-    chance = random.Random(SEED)
-    hashes = [chance.getrandbits(64) for _ in range(120)]
-    hashes += [value ^ sum(1 << bit for bit in chance.sample(range(64), chance.randrange(12))) for value in hashes]
-    hashes += hashes[:9]
-    chance.shuffle(hashes)
-    for bits in (0, 3, 4, 8, 11):
-        kept: list[int] = []
-        expected = []
-        for value in hashes:
-            expected.append(any((value ^ other).bit_count() <= bits for other in kept))
-            kept += [] if expected[-1] else [value]
-        assert near_duplicates(np.array(hashes, np.uint64), bits).tolist() == expected
-        assert 10 < sum(expected) < 200 or bits == 0
-
-
-def test_candidates_come_in_slices_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = np.random.default_rng(SEED).integers(0, 4, 4000, np.uint64) << np.uint64(40)  # all alike in three bands
-    hashes += np.arange(4000, dtype=np.uint64) % np.uint64(997)
-    whole = near_duplicates(hashes, 3)
-    monkeypatch.setattr("pipelines.near_duplicates.PAIRS_AT_ONCE", 1000)
-    assert (near_duplicates(hashes, 3) == whole).all() and whole.any() and not whole.all()
-
-
-def test_a_hundred_thousand_pictures_that_look_alike_are_compared_with_one_and_not_with_each_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    chance, alike = np.random.default_rng(SEED), np.zeros(100_000, np.uint64)
-    for _ in range(4):  # all within four bits of one hash, so within eight of each other
-        alike |= np.uint64(1) << chance.integers(0, 64, len(alike)).astype(np.uint64)
-    compared = [0]
-    count = np.bitwise_count
-
-    def counting(difference: np.ndarray) -> np.ndarray:
-        compared[0] += difference.size
-        return count(difference)
-
-    monkeypatch.setattr(np, "bitwise_count", counting)
-    falls = near_duplicates(alike ^ np.uint64(0x0123456789ABCDEF), 8)
-    assert falls.tolist() == [False] + [True] * 99_999
-    assert compared[0] < 100 * len(alike), "all pairs would be 5,000,000,000"
-
-
 def test_of_equal_bytes_the_lowest_key_stays() -> None:
     rows = [row(i, sha256=digest * 32) for i, digest in enumerate(["aa", "bb", "aa"])]
     masks, reasons = select([(0, rows[:2]), (4, rows[2:])], settings(exact_duplicates=True))
@@ -130,6 +90,15 @@ def test_removals_name_keys_urls_or_hashes(tmp_path: Path) -> None:
             for i, (md5, number) in enumerate([("", 1), ("", 2), ("", 3), ("abcdef", 4), (None, -77), ("", 6)])]
     masks, reasons = select([(0, rows)], settings(removed=str(tmp_path / "removed.txt")))
     assert masks[0].tolist() == [True, False, False, False, False, False] and reasons == {"removed": 5}
+
+
+def test_a_long_removal_list_is_not_gone_through_for_every_shard() -> None:
+    class Asked(set[str]):
+        def __iter__(self) -> Any:
+            raise AssertionError("every line was looked at")
+
+    found = selection.is_removed(table([row(i) for i in range(3)]), Asked({"00000001", "http://a.test/2"}))
+    assert found.tolist() == [False, True, True]
 
 
 def test_a_removal_list_counts_by_content_and_touches_nothing_before_train(tmp_path: Path) -> None:
@@ -154,7 +123,7 @@ def test_every_sample_that_is_not_used_has_its_reason_on_disk(tmp_path: Path) ->
     digests = ["aa", "aa", "bb", "cc"]
     shards = [(shard, table([row(10 * shard + i, sha256=digest * 32, score=float(i))
                              for i, digest in enumerate(digests)])) for shard in (0, 3)]  # fmt: skip
-    chosen = selection.select(shards, settings(exact_duplicates=True, thresholds={"score": [None, 2.0]}))
+    chosen = choose(shards, settings(exact_duplicates=True, thresholds={"score": [None, 2.0]}))
     (tmp_path / "reasons").write_bytes(selection.reasons_file(chosen.reasons, chosen.whys()))
     here, there = ["", "exact_duplicate", "", "score_out_of_bounds"], ["exact_duplicate"] * 3 + ["score_out_of_bounds"]
     assert selection.read_reasons(tmp_path / "reasons", [0, 3]) == {0: here, 3: there}
@@ -183,16 +152,3 @@ def test_no_held_out_sample_looks_like_one_that_is_trained_on() -> None:
     # Row 9 looks like one that is not trained on, which does no harm.
     assert used(2, {2}) == ([False, True, True, True], {"score_out_of_bounds": 1, "near_duplicate_of_trained": 1})
     assert used(1, {2})[0] == used(2, set())[0] == used(None, {2})[0] == [True] * 4
-
-
-@pytest.mark.parametrize("bits", [0, 3, 9])
-def test_nearness_to_others_is_what_comparing_all_of_them_finds(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = np.random.default_rng(SEED)
-    others = chance.integers(0, 2**64, 300, np.uint64)
-    hashes = np.concatenate([others[:150], chance.integers(0, 2**64, 50, np.uint64)])
-    for flips in range(1, 8):
-        hashes[20 * flips :] ^= np.uint64(1) << chance.integers(0, 64, len(hashes) - 20 * flips, np.uint64)
-    expected = (np.bitwise_count(hashes[:, None] ^ others[None]) <= bits).any(1)
-    assert near_any(hashes, others, bits).tolist() == expected.tolist() and 20 <= expected.sum() < len(expected)
-    monkeypatch.setattr("pipelines.near_duplicates.PAIRS_AT_ONCE", 100)
-    assert near_any(hashes, others, bits).tolist() == expected.tolist()

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from pipelines.dag import Dag, Job, weights_path
 from pipelines.journal import journal_path, read_entries
 from pipelines.manifest import StageFolder, StaleError, sha256_file, shard_name, sum_funnel
 from pipelines.run import tracked
+from pipelines.selection import Chosen, select
 from pipelines.stages import train
 from pipelines.tracking import Tracker
 from pipelines.training_set import caches_of, closed_records, held_out_shards, input_digests
@@ -198,3 +200,58 @@ def test_no_cache_of_a_mixture_is_held_out_as_a_whole(outputs: Path) -> None:
 def test_too_many_held_out_shards_are_refused_before_a_worker_starts(outputs: Path) -> None:
     with pytest.raises(ValueError, match="held_out_shards is 3 of 6 shards; give at most 1"):
         train.prepare(job_of(outputs, "training.held_out_shards=3"))
+
+
+# -- what was decided before ------------------------------------------------------------------------------------------
+def test_a_run_that_goes_on_decides_again_only_where_something_changed(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(outputs / "small", tmp_path / "small")
+    job, asked = job_of(tmp_path, "training.held_out_shards=1", f"{APART}=30"), Counter[str]()
+
+    def counting(*given: Any) -> Chosen:
+        asked["times"] += 1
+        return select(*given)
+
+    monkeypatch.setattr(train, "select", counting)
+    prepared = train.prepare(job)
+    assert prepared.reasons and train.prepare(job) == prepared and asked["times"] == 1
+    for name in ("selection.parquet", "reasons.parquet", "selected.json"):
+        (job.output / name).unlink()
+        assert train.prepare(job) == prepared and (job.output / name).exists()
+    assert asked["times"] == 4
+    (job.output / "reasons.parquet").write_bytes(b"damaged")
+    assert train.prepare(job) == prepared and train.prepare(job) == prepared and asked["times"] == 5
+
+    def again(what: dict[str, Any]) -> None:
+        before = asked["times"]
+        with pytest.raises(ValueError, match="was made from other samples or rules than there are now"):
+            train.prepare(replace(job, what={**job.what, **what}))
+        assert asked["times"] == before + 1
+
+    rules = job.what["dataset.selection"]
+    again({"dataset.selection": replace(rules, held_out_near_duplicate_bits=None)})
+    (tmp_path / "removed.txt").write_text("nothing of these")
+    removing = {"dataset.selection": replace(rules, removed=str(tmp_path / "removed.txt"))}
+    assert train.prepare(replace(job, what={**job.what, **removing})) == prepared  # whatever else it names
+    (tmp_path / "removed.txt").write_text("00000001")
+    again(removing)
+
+
+def test_only_the_columns_that_decide_are_read_and_a_score_that_is_nowhere_is_named(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+
+    class Looking(pq.ParquetFile):
+        def read(self, columns: list[str] | None = None, **given: Any) -> Any:
+            read.update(columns or [])
+            return super().read(columns, **given)
+
+    monkeypatch.setattr(pq, "ParquetFile", Looking)
+    decided(outputs, "dataset.selection.near_duplicate_bits=3")
+    assert read == {"key", "verdict", "phash"}
+    decided(outputs, "dataset.selection.thresholds={width: [null, 99]}")
+    assert read == {"key", "verdict", "phash", "width"}
+    with pytest.raises(ValueError, match="'beauty', which is not stored; there are: caption, .*phash, .*url"):
+        decided(outputs, "dataset.selection.thresholds={beauty: [5, null]}")
