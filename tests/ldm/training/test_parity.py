@@ -66,7 +66,7 @@ def plain_losses(what: TrainSettings, data: TrainData) -> list[dict[str, float]]
     training = what.training
     optimizer = torch.optim.AdamW(parameters, betas=(training.beta1, training.beta2), eps=training.epsilon,
                                   weight_decay=training.weight_decay)  # fmt: skip
-    loader = make_loader(what, data, make_tokenizer(what.text_encoder), replace(RUN, micro_batch_size=8),
+    loader = make_loader(what, data, make_tokenizer(what.text_encoder), None, replace(RUN, micro_batch_size=8),
                          World(0, 1, torch.device("cpu")))  # fmt: skip
     batches, losses = loader.batches(0), []
     for step in range(1, STEPS + 1):
