@@ -112,7 +112,7 @@ def describe_removed(config: Config, path: Path) -> list[str]:
 
 def find_samples(dag: Dag, runs: list[str | None], removed: set[str]) -> tuple[list[Sample], list[Sample]]:
     """(samples that are named, those of them that this run's own training selected), in the order of their keys."""
-    from pipelines.selection import all_samples, is_removed, read_selection
+    from pipelines.selection import REMOVED_BY, all_samples, is_removed, read_selection
 
     found, trained = [], []
     for run in runs:
@@ -120,7 +120,7 @@ def find_samples(dag: Dag, runs: list[str | None], removed: set[str]) -> tuple[l
         metadata, images = (folder_of(dag, stage, run) for stage in ("filter_metadata", "filter_images"))
         chosen = dag.home("train") / f"selection{of}.parquet"
         masks = read_selection(chosen) if chosen.exists() else {}
-        for shard, table in all_samples(metadata, images, images.shards()):
+        for shard, table in all_samples(metadata, images, images.shards(), REMOVED_BY):
             here = np.flatnonzero(is_removed(table, removed))
             named = [Sample(of, shard, key) for key in table["key"].take(here).to_pylist()]
             found += named
