@@ -307,11 +307,11 @@ def _failure(failed: list[tuple[Step, int, Exception]]) -> str:
     step, shard, error = next((each for each in failed if _stops_the_run(each[2])), failed[0])
     stage = step.job.stage
     if _stops_the_run(error):
-        return f"{stage} stopped at shard {shard}: {_cause(error)}"
+        return f"{stage} stopped at shard {shard}: {_cause(error, step.job)}"
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
         f"{stage}: shard {shard}{others} failed; what else had begun is committed, and the same command goes on from "
-        f"there. First cause: {_smaller(step, error) if _was_killed(error) else _cause(error)}"
+        f"there. First cause: {_smaller(step, error) if _was_killed(error) else _cause(error, step.job)}"
     )
 
 
@@ -335,10 +335,27 @@ def _smaller(step: Step, error: Exception) -> str:
     )
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: Exception, job: Job | None = None) -> str:
     """What went wrong in a worker, without Ray's account of how it heard of it."""
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}"
+    said = f"{type(cause).__name__}: {cause}"
+    if job is None or getattr(cause, "errno", None) not in FULL:
+        return said
+    return (
+        f"disk full: {said}; {job.output.path} is where {job.stage} writes. Free space there, or raise the quota or "
+        f"the limit on file sizes (ulimit -f) that is met; nothing half-written counts, and the same command goes on"
+    )
+
+
+@contextmanager
+def on_the_driver(job: Job) -> Iterator[None]:
+    """A full disk that a stage meets in this process ends it as one that a worker meets."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StageFailed(f"{job.stage} failed: {_cause(error, job)}") from error
 
 
 def run_once(module: str, job: Job, resources: Resources) -> Record:
@@ -350,7 +367,7 @@ def run_once(module: str, job: Job, resources: Resources) -> Record:
         return ray.get(ray.remote(max_calls=1, max_retries=0, **needs)(_run_whole).remote(module, job))
     except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError,
             ray.exceptions.OutOfMemoryError) as error:
-        raise StageFailed(f"{job.stage} failed: {_cause(error)}") from error
+        raise StageFailed(f"{job.stage} failed: {_cause(error, job)}") from error
 
 
 def _beside(work: Callable[[], object]) -> None:
@@ -370,7 +387,7 @@ def _beside(work: Callable[[], object]) -> None:
 # Errors of training that a restart would meet again: refusals of ours, mistakes in settings or code, a full disk. All
 # others are what befalls machines, devices and connections.
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, FileNotFoundError)
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _comes_again(error: Exception) -> bool:

@@ -373,7 +373,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     module = importlib.import_module(f"pipelines.stages.{stage}")
     goals = {"train": dag.config.training.max_steps, "train_autoencoder": dag.config.autoencoder_training.max_steps}
     showing = progress.following(dag.run_folder, {stage: goals.get(stage, 0)})
-    with tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
+    with tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing, cluster.on_the_driver(job):
         if STAGES[stage].kind == "table":
             files = module.source_files(job)
             funnel = module.run(job, files)
