@@ -296,18 +296,28 @@ def test_a_process_that_dies_while_writing_leaves_no_checkpoint(tmp_path: Path) 
 DEATHS = [*((0, point) for point in POINTS if point != "checkpoint_old_aside"), *((1, point) for point in POINTS[:3])]
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the steps 10 and 20, by two processes."""
+    home = tmp_path_factory.mktemp("two")
+    processes.run(put, home, 10, 20, world_size=2)
+    return home
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("doomed", "point"), DEATHS)
-def test_either_of_two_processes_may_die_at_any_point_of_a_save(tmp_path: Path, doomed: int, point: str) -> None:
-    processes.run(put, tmp_path, 10, 20, world_size=2)
-    results = processes.run(put_or_die, tmp_path, doomed, point, 30, world_size=2)
+def test_either_of_two_processes_may_die_at_any_point_of_a_save(
+    of_two: Path, tmp_path: Path, doomed: int, point: str
+) -> None:
+    home = Path(shutil.copytree(of_two, tmp_path / "home"))
+    results = processes.run(put_or_die, home, doomed, point, 30, world_size=2)
     assert results[doomed] == 137, f"was not killed at {point}"
     late = point in ("checkpoint_after_committed", "checkpoint_in_removal")
-    assert processes.run(load, tmp_path, world_size=2) == [30 if late else 20] * 2
-    sweep(tmp_path)
-    processes.run(put, tmp_path, 30, world_size=2)
-    assert processes.run(load, tmp_path, world_size=2) == [30, 30]
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [step_name(20), step_name(30)]
+    check_whole(newest(home), 30 if late else 20)
+    sweep(home)
+    processes.run(put, home, 30, world_size=2)
+    check_whole(newest(home), 30)
+    assert sorted(path.name for path in home.iterdir()) == [step_name(20), step_name(30)]
 
 
 def test_committed_before_the_others_have_written_would_be_torn(tmp_path: Path) -> None:
