@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ldm.config import TrainingConfig
+from ldm.training import copies
 from ldm.training.checkpoint import Stretch, newest, save, step_name
 from pipelines.config import compose
 from pipelines.dag import Dag
@@ -59,6 +61,17 @@ def test_it_goes_back_once_for_a_request_and_keeps_what_is_later(tmp_path: Path)
     assert is_due(train, asked("step-00000010", [80, 160]))
     go_back(train, asked("step-00000010", [80, 160]), journal(tmp_path))
     assert names(train) == [*moved, f"aside/002/{step_name(15)}", step_name(10)]
+
+
+def test_nobody_goes_on_from_a_copy_of_the_way_that_was_left(tmp_path: Path) -> None:
+    train, there = tmp_path / "train", tmp_path / "there"
+    put(train, 10, 20)
+    shutil.copytree(train, there)
+    go_back(train, asked("step-10"), journal(tmp_path), there)
+    assert list(copies.committed(there)) == [step_name(10)]
+    shutil.rmtree(train)
+    last = copies.newest(train, there)
+    assert last is not None and last.step == 10
 
 
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_and_nothing_moves(tmp_path: Path) -> None:
