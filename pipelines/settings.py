@@ -148,7 +148,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class TableResources:
-    """What filter_metadata takes on the driver; what does not fit into memory goes to disk."""
+    """What tables over the whole set take on the driver: filter_metadata's, and those of the selection that `train`
+    begins with. What does not fit into memory goes to disk."""
 
     threads: int
     memory_bytes: int  # of DuckDB; the process takes about half a gigabyte more

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from pipelines.dag import Dag
 from pipelines.selection import read_selection, write_selection
 from pipelines.settings import SelectionConfig, TableResources
 
+SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 LIMITS = TableResources(threads=1, memory_bytes=100_000_000)
 NOTHING = SelectionConfig(
     thresholds={}, exact_duplicates=False, near_duplicate_bits=None, held_out_near_duplicate_bits=None,
@@ -132,6 +136,60 @@ def test_every_sample_that_is_not_used_has_its_reason_on_disk(tmp_path: Path) ->
     assert {shard: mask.tolist() for shard, mask in read_selection(tmp_path / "selection", [3]).items()} == {
         3: [False] * 4
     }
+
+
+# -- all rules together -----------------------------------------------------------------------------------------------
+def by_plain_rules(rows: list[dict[str, Any]], held_out: list[bool], removed: set[str]) -> list[str]:
+    """The reason of each sample, by comparing every one with every other."""
+    why = ["removed" if row["key"] in removed else "" for row in rows]
+    why = [reason or ("" if (row["score"] or 0) >= 0.2 else "score_out_of_bounds")
+           for reason, row in zip(why, rows, strict=True)]  # fmt: skip
+    seen: set[str] = set()
+    kept: list[int] = []
+    for same in ("exact_duplicate", "near_duplicate"):
+        for i, row in enumerate(rows):
+            if why[i]:
+                continue
+            if same == "exact_duplicate":
+                why[i] = same if row["sha256"] in seen else ""
+                seen.add(row["sha256"])
+            else:
+                why[i] = same if any((row["phash"] ^ other).bit_count() <= 3 for other in kept) else ""
+                kept += [] if why[i] else [row["phash"]]
+    used = [i for i, reason in enumerate(why) if not reason]
+    best = sorted(used, key=lambda i: (-rows[i]["score"], i))
+    for i in best[round(len(used) * 0.7) :]:
+        why[i] = "below_top_percent"
+    trained = [row["phash"] for i, row in enumerate(rows) if not why[i] and not held_out[i]]
+    for i, row in enumerate(rows):
+        if not why[i] and held_out[i] and any((row["phash"] ^ other).bit_count() <= 8 for other in trained):
+            why[i] = "near_duplicate_of_trained"
+    return why
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 40, 1 << 18])
+def test_it_is_what_the_plain_rules_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
+    for name in ("ROWS_AT_ONCE", "OTHERS_AT_ONCE"):
+        monkeypatch.setattr(selection, name, rows_at_once)
+    chance = random.Random(SEED + rows_at_once)
+    looks = [chance.getrandbits(64) for _ in range(60)]
+    rows = [row(i, sha256=f"{chance.randrange(250):064x}", score=chance.choice([None, 0.1, 0.3, 0.5, chance.random()]),
+                phash=chance.choice(looks) ^ sum(1 << bit for bit in chance.sample(range(64), chance.randrange(7))))
+            for i in range(300)]  # fmt: skip
+    sizes = [7, 0, 93, 60, 140]
+    shards, begin = [], 0
+    for shard, size in enumerate(sizes):
+        shards.append((shard, table(rows)[begin : begin + size]))
+        begin += size
+    held_out = [shard in (0, 3) for shard, size in enumerate(sizes) for _ in range(size)]
+    removed = {row["key"] for row in chance.sample(rows, 20)}
+    (tmp_path / "removed.txt").write_text("\n".join(removed))
+    rules = settings(thresholds={"score": [0.2, None]}, exact_duplicates=True, near_duplicate_bits=3, top_score="score",
+                     top_percent=70.0, held_out_near_duplicate_bits=8, removed=str(tmp_path / "removed.txt"))
+    chosen = choose(shards, rules, {0, 3})
+    expected = by_plain_rules(rows, held_out, removed)
+    assert [chosen.reasons[why] for why in chosen.why] == [reason or "used" for reason in expected]
+    assert len(Counter(expected)) == 7 and chosen.counts() == Counter(filter(None, expected))
 
 
 # -- held-out shards -------------------------------------------------------------------------------------------------
