@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from pipelines.config import CONF
 from pipelines.dag import STAGES
+from pipelines.lock import lock
 
 ROOT = CONF.parent
 DAG = [stage for stage in STAGES if stage != "train_autoencoder"]
@@ -30,6 +32,12 @@ def run(outputs: Path, *arguments: str) -> str:
     text, _ = process.communicate(timeout=280)
     assert process.returncode == 0, text
     return text
+
+
+def processor_seconds() -> float:
+    """What the commands that have ended took, and they alone, however busy the machine is."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def records(outputs: Path) -> dict[str, object]:
@@ -100,10 +108,45 @@ def test_mlflow_has_the_funnel_as_metrics_as_table_and_as_plot(finished: Path) -
 
 def test_a_second_run_does_nothing(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    started = time.monotonic()
     assert "Everything is up to date" in run(finished)
-    assert time.monotonic() - started < 60  # making one stage anew takes longer still
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+# The command, which says at its end what it had to load.
+LOADS = """
+import sys
+from pipelines import run
+code = run.main(sys.argv[1:])
+print({"torch", "ray"} & sys.modules.keys(), code)
+"""
+
+
+def test_a_second_runner_is_refused_and_told_by_whom_before_it_loads_anything(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADS, "+experiment=smoke", f"paths.outputs={tmp_path}"]
+    with lock(tmp_path / "smoke/filter_metadata/lock", "filter_metadata of smoke"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set() 2\n" and f'"pid": {os.getpid()}' in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("plan.json")) and not list(tmp_path.rglob("lock"))
+
+
+@pytest.mark.slow
+def test_what_is_refused_or_has_nothing_to_do_ends_quickly(finished: Path, tmp_path: Path) -> None:
+    """In seconds of processor time, the least of three: how busy the machine is decides the others."""
+
+    def least(outputs: Path, code: int) -> float:
+        spent = []
+        for _ in range(3):
+            before, process = processor_seconds(), start(outputs)
+            said, _ = process.communicate(timeout=200)
+            assert process.returncode == code and "Traceback" not in said, said
+            spent.append(processor_seconds() - before)
+        return min(spent)
+
+    idle = least(finished, 0)
+    with lock(tmp_path / "smoke/filter_metadata/lock", "filter_metadata of smoke"):
+        refused = least(tmp_path, 2)
+    print(f"nothing to do: {idle:.1f} s, expected less than 5; refused: {refused:.1f} s, expected less than 2")
+    assert idle < 5 and refused < 2
 
 
 def test_nothing_is_left_behind(finished: Path) -> None:
