@@ -87,23 +87,27 @@ def near_duplicates(tables: Tables, count: int, bits: int) -> np.ndarray:
         _find(tables, orders, count, bits, min(most, 255), among)
         _decide(tables, fates)
         tables.execute("DROP TABLE near")
-        unknown, fallen = np.flatnonzero(fate[:count] == UNKNOWN), np.flatnonzero(fate[:count] == FALLS)
-        most = most * MORE if len(unknown) else 0
-        _forget(tables, fallen, unknown)
-        among = "WHERE phash & {key} IN (SELECT phash & {key} FROM unknown)"
+        most = most * MORE if UNKNOWN in fates[:count] else 0
+        if most:
+            _forget(tables, fate[:count])
+            among = "WHERE phash & {key} IN (SELECT phash & {key} FROM unknown JOIN hashes USING (place))"
     tables.execute("DROP TABLE hashes")
-    tables.execute("DROP TABLE unknown")
     return fate[:count] == FALLS
 
 
-def _forget(tables: Tables, fallen: np.ndarray, unknown: np.ndarray) -> None:
-    """Takes out of `hashes` what fell; fills `unknown` with the hashes of which it is not known whether they fall."""
-    tables.from_arrow(_arrow(place=fallen)).create("fallen")
+def _forget(tables: Tables, fate: np.ndarray) -> None:
+    """Takes out of `hashes` what fell; fills `unknown` with the places of which it is not known whether they fall."""
+    store_places(tables, "fallen", fate == FALLS)
     tables.execute("DELETE FROM hashes WHERE place IN (SELECT place FROM fallen)")
-    tables.execute("DROP TABLE fallen")
-    tables.register("places", _arrow(place=unknown))
-    tables.execute("CREATE OR REPLACE TABLE unknown AS SELECT phash FROM hashes JOIN places USING (place)")
-    tables.unregister("places")
+    store_places(tables, "unknown", fate == UNKNOWN)
+
+
+def store_places(tables: Tables, name: str, those: np.ndarray) -> None:
+    """Makes a table of the places where `those` (n,) bool says so, without holding them all."""
+    tables.execute(f"CREATE OR REPLACE TABLE {name} (place BIGINT)")
+    for begin in range(0, len(those), ROWS_AT_ONCE):
+        places = begin + np.flatnonzero(those[begin : begin + ROWS_AT_ONCE])
+        tables.from_arrow(_arrow(place=places)).insert_into(name)
 
 
 def _batches(tables: Tables, query: str) -> Iterator[pa.RecordBatch]:
@@ -117,11 +121,8 @@ def _arrow(**columns: np.ndarray) -> pa.Table:
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
-def _find(
-    tables: Tables, orders: list[Sorting], count: int, bits: int, most: int, among: str
-) -> None:  # fmt: skip
-    """Fills the table `near`; where a hash may have more than `most` near ones, one row says so by a place of `count`.
-    """
+def _find(tables: Tables, orders: list[Sorting], count: int, bits: int, most: int, among: str) -> None:
+    """Fills the table `near`; that a hash may have more than `most` near ones says a row with a place of `count`."""
     writing, waiting = tables.cursor(), []
     for order in orders:
         those = among.format(key=f"{order.key}::UBIGINT")

@@ -29,7 +29,7 @@ import numpy as np
 
 from pipelines.dag import weights_path
 from pipelines.manifest import StageFolder, sha256_file, shard_name
-from pipelines.near_duplicates import HASH_BITS, near_any, near_duplicates
+from pipelines.near_duplicates import HASH_BITS, near_any, near_duplicates, store_places
 from pipelines.settings import SelectionConfig, TableResources
 from pipelines.spilling import Tables, database
 
@@ -224,17 +224,14 @@ def _add(tables: Tables, parts: list[pa.Table]) -> None:
 
 def _decide(tables: Tables, chosen: Chosen, settings: SelectionConfig) -> None:
     """Applies the rules on the whole set in their order, each to what the ones before it left."""
-    import pyarrow as pa
-
     if settings.exact_duplicates:
         first = "SELECT content, min(place) AS first FROM samples GROUP BY content HAVING count(*) > 1"
         repeated = f"SELECT place FROM samples JOIN ({first}) USING (content) WHERE place > first"
         _drop(tables, chosen, repeated, "exact_duplicate")
     if settings.near_duplicate_bits is not None:
         falls = near_duplicates(tables, len(chosen.why), settings.near_duplicate_bits)
-        tables.register("falling", pa.table({"place": np.flatnonzero(falls)}))
+        store_places(tables, "falling", falls)
         _drop(tables, chosen, "SELECT place FROM falling", "near_duplicate")
-        tables.unregister("falling")
     if settings.top_score and settings.top_percent is not None:
         ((left,),) = tables.execute("SELECT count(*) FROM samples").fetchall()
         stay = round(left * settings.top_percent / 100)  # of equal scores the lowest key

@@ -56,7 +56,7 @@ def planted(chance: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("most", [1, 2, 200])
-@pytest.mark.parametrize("rows", [1, 7, 1 << 20])
+@pytest.mark.parametrize("rows", [20, 1 << 20])
 def test_it_is_what_comparing_all_pairs_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, most: int
 ) -> None:
