@@ -13,8 +13,8 @@ from ldm.config import TrainingRunConfig, TrainSettings, from_plain
 from ldm.training import lr
 from ldm.training import train as loop
 from ldm.training.checkpoint import newest, step_name
+from ldm.training.going_on import after_skipped
 from ldm.training.loader import Batch, TrainData
-from ldm.training.train import after_skipped
 from tests.ldm.training import processes
 from tests.ldm.training.test_train import weights_of, work
 from tests.ldm.training.tiny import RUN, settings, write_data
