@@ -144,12 +144,6 @@ def test_every_stage_with_and_without_accumulation_and_activation_checkpointing(
     check(curve, tmp_path, zero_stage=stage, micro_batch_size=micro_batch_size, activation_checkpointing=checkpointing)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_compiled_denoiser_with_activation_checkpointing(curve: Curve, tmp_path: Path) -> None:
-    check(curve, tmp_path, zero_stage=2, micro_batch_size=4, compile=True, activation_checkpointing=True)
-
-
 def test_weights_of_another_model_are_refused(curve: Curve, tmp_path: Path) -> None:
     what, data, _ = curve
     state = {name: x for name, x in make(what).state_dict().items() if name != "unet.out.2.bias"}
