@@ -21,6 +21,7 @@ ROWS, REST = ["filter_metadata"], ["download", "filter_images", "precompute_late
 ALL = [*ROWS, *REST]
 KILLS = 20
 KILLED = ["filter_metadata", "download", "filter_images"]  # tests/test_end_to_end.py kills in every stage, once
+SIXTY = ["dataset.sample_web.rows=128", "dataset.sample_web.pictures=32", "dataset.filter_metadata.shard_samples=1"]
 # The command, which knows the whole DAG and single stages only, for the stages of the data half.
 CODE = "import sys\nfrom pipelines import dag, run\ndag.Dag.wanted = lambda self: {}\nsys.exit(run.main(sys.argv[1:]))"
 
@@ -61,6 +62,11 @@ def check_records(outputs: Path) -> None:
             }
 
 
+def left_behind(outputs: Path) -> list[Path]:
+    """What attempts have left that came to nothing."""
+    return [path for path in outputs.rglob("*") if path.name.endswith(".tmp") or path.parent.name == ".attempts"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     outputs = tmp_path_factory.mktemp("undisturbed")
@@ -98,6 +104,37 @@ def test_workers_that_crash_between_data_and_record_change_no_byte(
     assert written(tmp_path, ALL) == undisturbed
 
 
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every file of sixty shards in each of these stages."""
+    outputs = tmp_path_factory.mktemp("sixty")
+    run(outputs, KILLED, *SIXTY)
+    assert committed(outputs) == 60 * 2
+    return written(outputs, KILLED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("point, quarantined", [("before_record", 60), ("after_record", 0)])
+def test_workers_that_are_killed_lose_no_shard_change_no_byte_and_leave_nothing_behind(
+    sixty: dict[str, str], tmp_path: Path, point: str, quarantined: int
+) -> None:
+    """One try in five dies. A shard is quarantined for eight deaths in a row in one command, and not before."""
+    run(tmp_path, ROWS, *SIXTY)  # by the driver itself
+    given, crashes = [*SIXTY, f"cluster.max_quarantined_shards={quarantined}"], tmp_path / "crashes"
+    for _ in range(4):  # Ray tries a shard four times; the same command goes on from there
+        process = start(tmp_path, KILLED[1:], *given, LDM_CRASH_AT=f"{point}:0.2", LDM_CRASHES=str(crashes))
+        said, _ = process.communicate(timeout=900)
+        check_records(tmp_path)
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, said
+    kills = crashes.read_text().split()
+    print(f"{len(kills)} workers killed {point}")
+    assert set(kills) == {point} and len(kills) > 10
+    assert written(tmp_path, KILLED) == sixty and left_behind(tmp_path) == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_twenty_kills_at_random_moments_change_no_byte(undisturbed: dict[str, str], tmp_path: Path) -> None:
@@ -121,8 +158,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(undisturbed: dict[str, st
             outputs = tmp_path / str(rounds)
     run(outputs, KILLED)
     assert written(outputs, KILLED) == whole
-    left = [path for path in outputs.rglob("*") if path.name.endswith(".tmp") or path.parent.name == ".attempts"]
-    assert left == []
+    assert left_behind(outputs) == []
 
 
 def _wait(process: subprocess.Popen[str], outputs: Path, chance: random.Random) -> None:
