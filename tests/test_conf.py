@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,14 +88,15 @@ def test_unknown_and_missing_keys_of_a_section_are_refused() -> None:
     (["nonsense"], "KEY=VALUE"),
 ])  # fmt: skip
 def test_a_wrong_word_lists_the_right_ones_quickly_and_without_a_traceback(arguments: list[str], word: str) -> None:
-    started = time.monotonic()
+    before = os.times()
     done = command(*arguments)
-    seconds = time.monotonic() - started
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert done.returncode == 2
     assert word in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 25
-    # The promise is two seconds on a machine that does nothing else; a test machine is allowed to be busy.
-    assert seconds < 8
+    # Of processor time: a test machine is allowed to be busy.
+    assert seconds < 6
 
 
 def test_what_enters_the_fingerprint_and_how_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
