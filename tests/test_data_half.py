@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,15 @@ import pytest
 from ldm.storage import sha256_file
 from pipelines.config import CONF
 from pipelines.manifest import StageFolder
+from tests.s3_server import BUCKET, serving
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 ROWS, REST = ["filter_metadata"], ["download", "filter_images", "precompute_latents"]
 ALL = [*ROWS, *REST]
 KILLS = 20
-KILLED = ["filter_metadata", "download", "filter_images"]  # tests/test_end_to_end.py kills in every stage, once
+QUICK = ALL[:3]  # of sixty shards; an encoder that is started anew for each death would take most of an hour
+KILLS_ON_S3 = 5
+NOT_DECIDED = ("run.json", "lock")  # by inputs
 SIXTY = ["dataset.sample_web.rows=128", "dataset.sample_web.pictures=32", "dataset.filter_metadata.shard_samples=1"]
 # The command, which knows the whole DAG and single stages only, for the stages of the data half.
 CODE = "import sys\nfrom pipelines import dag, run\ndag.Dag.wanted = lambda self: {}\nsys.exit(run.main(sys.argv[1:]))"
@@ -44,7 +50,7 @@ def written(outputs: Path, stages: list[str]) -> dict[str, str]:
     a worker that outlives its killed driver for a moment is still making.
     """
     files = [path for stage in stages for path in (outputs / "smoke" / stage).rglob("*")
-             if path.is_file() and path.name not in ("run.json", "lock") and ".attempts" not in path.parts]  # fmt: skip
+             if path.is_file() and path.name not in NOT_DECIDED and ".attempts" not in path.parts]  # fmt: skip
     return {str(path.relative_to(outputs)): sha256_file(path) for path in files}
 
 
@@ -108,9 +114,9 @@ def test_workers_that_crash_between_data_and_record_change_no_byte(
 def sixty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Every file of sixty shards in each of these stages."""
     outputs = tmp_path_factory.mktemp("sixty")
-    run(outputs, KILLED, *SIXTY)
+    run(outputs, QUICK, *SIXTY)
     assert committed(outputs) == 60 * 2
-    return written(outputs, KILLED)
+    return written(outputs, QUICK)
 
 
 @pytest.mark.slow
@@ -123,7 +129,7 @@ def test_workers_that_are_killed_lose_no_shard_change_no_byte_and_leave_nothing_
     run(tmp_path, ROWS, *SIXTY)  # by the driver itself
     given, crashes = [*SIXTY, f"cluster.max_quarantined_shards={quarantined}"], tmp_path / "crashes"
     for _ in range(4):  # Ray tries a shard four times; the same command goes on from there
-        process = start(tmp_path, KILLED[1:], *given, LDM_CRASH_AT=f"{point}:0.2", LDM_CRASHES=str(crashes))
+        process = start(tmp_path, QUICK[1:], *given, LDM_CRASH_AT=f"{point}:0.2", LDM_CRASHES=str(crashes))
         said, _ = process.communicate(timeout=900)
         check_records(tmp_path)
         if process.returncode == 0:
@@ -132,18 +138,17 @@ def test_workers_that_are_killed_lose_no_shard_change_no_byte_and_leave_nothing_
     kills = crashes.read_text().split()
     print(f"{len(kills)} workers killed {point}")
     assert set(kills) == {point} and len(kills) > 10
-    assert written(tmp_path, KILLED) == sixty and left_behind(tmp_path) == []
+    assert written(tmp_path, QUICK) == sixty and left_behind(tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_twenty_kills_at_random_moments_change_no_byte(undisturbed: dict[str, str], tmp_path: Path) -> None:
     chance, rounds = random.Random(SEED), 0
-    whole = {name: digest for name, digest in undisturbed.items() if name.split("/")[1] in KILLED}
     outputs, kills = tmp_path / "0", 0
     while kills < KILLS:
-        process = start(outputs, KILLED)
-        _wait(process, outputs, chance)
+        process = start(outputs, ALL)
+        _wait(process, partial(committed, outputs), chance)
         ended = process.poll()
         if ended is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -152,20 +157,46 @@ def test_twenty_kills_at_random_moments_change_no_byte(undisturbed: dict[str, st
         check_records(outputs)
         print(f"round {rounds}, kill {kills}, exit code {ended}: {committed(outputs)} records", flush=True)
         assert ended in (None, 0), said
-        if ended == 0 or written(outputs, KILLED).keys() == whole.keys():  # all was made: the next round begins
-            assert written(outputs, KILLED) == whole
+        if ended == 0 or written(outputs, ALL).keys() == undisturbed.keys():  # all was made: the next round begins
+            assert written(outputs, ALL) == undisturbed
             rounds += 1
             outputs = tmp_path / str(rounds)
-    run(outputs, KILLED)
-    assert written(outputs, KILLED) == whole
+    run(outputs, ALL)
+    assert written(outputs, ALL) == undisturbed
     assert left_behind(outputs) == []
 
 
-def _wait(process: subprocess.Popen[str], outputs: Path, chance: random.Random) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_kills_at_random_moments_change_no_byte_of_a_bucket(undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """What is in the bucket in the end is what a disk holds."""
+    chance = random.Random(SEED)
+    there = [f"paths.shards=s3://{BUCKET}/shards", f"cluster.cache.folder={tmp_path / 'cache'}"]
+    with serving() as s3:
+
+        def records() -> int:
+            return sum(key.endswith(".json") for key in s3.keys("shards/"))
+
+        for kill in range(KILLS_ON_S3):
+            process = start(tmp_path, ALL, *there)
+            _wait(process, records, chance)
+            ended = process.poll()
+            if ended is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            print(f"kill {kill}, exit code {ended}: {records()} plans and records", flush=True)
+            assert ended in (None, 0), said
+        run(tmp_path, ALL, *there)
+        held = {key: s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in s3.keys("shards/")}
+    found = {key.removeprefix("shards/"): hashlib.sha256(data).hexdigest() for key, data in held.items()}
+    assert {name: digest for name, digest in found.items() if Path(name).name not in NOT_DECIDED} == undisturbed
+
+
+def _wait(process: subprocess.Popen[str], records: Callable[[], int], chance: random.Random) -> None:
     """Waits for a moment by chance: in the first seconds, or soon after so many shards more were committed."""
     more, later = chance.randrange(4), chance.random()
-    goal, deadline = committed(outputs) + more, time.monotonic() + 120
-    while more and committed(outputs) < goal and process.poll() is None and time.monotonic() < deadline:
+    goal, deadline = records() + more, time.monotonic() + 120
+    while more and records() < goal and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     until = time.monotonic() + later * (0.5 if more else 12)
     while process.poll() is None and time.monotonic() < until:
