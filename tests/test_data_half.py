@@ -18,7 +18,7 @@ import pytest
 from ldm.storage import sha256_file
 from pipelines.config import CONF
 from pipelines.manifest import StageFolder
-from tests.s3_server import BUCKET, serving
+from tests.s3_server import BUCKET, S3Server
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 ROWS, REST = ["filter_metadata"], ["download", "filter_images", "precompute_latents"]
@@ -168,26 +168,27 @@ def test_twenty_kills_at_random_moments_change_no_byte(undisturbed: dict[str, st
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_kills_at_random_moments_change_no_byte_of_a_bucket(undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_kills_at_random_moments_change_no_byte_of_a_bucket(
+    undisturbed: dict[str, str], s3: S3Server, tmp_path: Path
+) -> None:
     """What is in the bucket in the end is what a disk holds."""
     chance = random.Random(SEED)
     there = [f"paths.shards=s3://{BUCKET}/shards", f"cluster.cache.folder={tmp_path / 'cache'}"]
-    with serving() as s3:
 
-        def records() -> int:
-            return sum(key.endswith(".json") for key in s3.keys("shards/"))
+    def records() -> int:
+        return sum(key.endswith(".json") for key in s3.keys("shards/"))
 
-        for kill in range(KILLS_ON_S3):
-            process = start(tmp_path, ALL, *there)
-            _wait(process, records, chance)
-            ended = process.poll()
-            if ended is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            said, _ = process.communicate()
-            print(f"kill {kill}, exit code {ended}: {records()} plans and records", flush=True)
-            assert ended in (None, 0), said
-        run(tmp_path, ALL, *there)
-        held = {key: s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in s3.keys("shards/")}
+    for kill in range(KILLS_ON_S3):
+        process = start(tmp_path, ALL, *there)
+        _wait(process, records, chance)
+        ended = process.poll()
+        if ended is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        print(f"kill {kill}, exit code {ended}: {records()} plans and records", flush=True)
+        assert ended in (None, 0), said
+    run(tmp_path, ALL, *there)
+    held = {key: s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in s3.keys("shards/")}
     found = {key.removeprefix("shards/"): hashlib.sha256(data).hexdigest() for key, data in held.items()}
     assert {name: digest for name, digest in found.items() if Path(name).name not in NOT_DECIDED} == undisturbed
 

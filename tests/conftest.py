@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from ldm.storage import place
 from tests.s3_server import BUCKET, S3Server, serving
 
 
@@ -21,6 +20,8 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture(params=["disk", "s3"])
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """An empty folder: on disk, then below a prefix of a bucket."""
+    from ldm.storage import place
+
     if request.param == "disk":
         return tmp_path / "home"
     request.getfixturevalue("s3")
