@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +98,12 @@ def test_nothing_committed_names_the_place_where_it_was_made() -> None:
         if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", "") and path.is_file():
             text = path.read_text(errors="ignore")
             assert not [word for word in words if word in text], name
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"`((?:pipelines|ldm|conf|infra|tests)/[\w./]*)`", text))
+    tree = text[text.index("## The tree") : text.index("## Develop")]
+    assert len(named) > 30 and {path for path in named if not (ROOT / path).exists()} == set()
+    modules = {path.name for path in SOURCES}
+    assert {name for name in re.findall(r"\b[a-z_]+\.py\b", tree)} <= modules
