@@ -20,12 +20,12 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from urllib3 import HTTPHeaderDict
 
-from pipelines.addresses import AddressError, Names
-from pipelines.budgets import Ask, HostBudgets, Turns
-from pipelines.robots import Robots, parse_robots
-from pipelines.room import SMALL_BYTES, Room, Share
+from pipelines.fetching.addresses import AddressError, Names
+from pipelines.fetching.budgets import Ask, HostBudgets, Turns
+from pipelines.fetching.robots import Robots, parse_robots
+from pipelines.fetching.room import SMALL_BYTES, Room, Share
+from pipelines.fetching.wire import Deadline, FetchError, Target, Wire, bracketed
 from pipelines.settings import DownloadConfig
-from pipelines.wire import Deadline, FetchError, Target, Wire, bracketed
 
 PORTS = {"http": 80, "https": 443}
 WORTH_RETRYING = ("http_429", "http_500", "http_502", "http_503", "http_504", "timeout", "connection")

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ldm.storage import check, exists, is_remote, place
-from pipelines import inspect_weights, latent_sheet
 from pipelines.bucket import folder_at, homes_below
+from pipelines.checking import latent_sheet, weights
 from pipelines.manifest import Record, StageFolder, sum_funnel
 
 PLAN = "plan.json"
@@ -124,10 +124,10 @@ def describe_run(path: Any) -> list[str]:
 # is another row.
 Kind = tuple[Callable[[Any], bool], Callable[[Any], list[str]]]
 WEIGHTS: list[Kind] = [
-    (inspect_weights.is_checkpoint, inspect_weights.describe_checkpoint),
-    (inspect_weights.is_pipeline, inspect_weights.describe_pipeline),
-    (inspect_weights.is_network, inspect_weights.describe_network),
-    (inspect_weights.is_file, inspect_weights.describe_file),
+    (weights.is_checkpoint, weights.describe_checkpoint),
+    (weights.is_pipeline, weights.describe_pipeline),
+    (weights.is_network, weights.describe_network),
+    (weights.is_file, weights.describe_file),
 ]
 RESULTS: list[Kind] = [
     (latent_sheet.is_latents, describe_latents),

@@ -16,10 +16,12 @@ from ldm.storage import place
 from pipelines import quarantine
 from pipelines.bucket import stage_folder
 from pipelines.dag import ROOT, STAGES
-from pipelines.drawings import ATTRIBUTION
+from pipelines.embedded_web.drawings import ATTRIBUTION
 from pipelines.journal import RUN, journal_paths, read_entries, read_images, read_metrics
 from pipelines.manifest import StageFolder, read_json, sum_funnel, write_whole
-from pipelines.page import (
+from pipelines.reporting.data import data_sections
+from pipelines.reporting.examples import example_sections
+from pipelines.reporting.page import (
     Html,
     bar,
     cell,
@@ -32,8 +34,6 @@ from pipelines.page import (
     section,
     table,
 )
-from pipelines.report_data import data_sections
-from pipelines.report_examples import example_sections
 
 GRIDS = 8
 

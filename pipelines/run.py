@@ -246,7 +246,8 @@ def accounted(dag: Dag, wanted: list[str], journal: Any) -> Iterator[None]:
 
 def give_account(dag: Dag, wanted: list[str], journal: Any, stopped: str = "") -> None:
     """The funnel as table and plot, then the report, which says so where the run was `stopped`, and by what."""
-    from pipelines import plot, report
+    from pipelines import report
+    from pipelines.reporting import plot
 
     journal.table("funnel", funnel_rows(dag, wanted))
     funnels = [(stage, funnel) for stage in wanted if (funnel := funnel_of(dag.statuses[stage]))]

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.embedded_web.plan import ENDLESS_BYTES, FATE, Row, plan
 from pipelines.manifest import write_whole
-from pipelines.sample_plan import ENDLESS_BYTES, FATE, Row, plan
 from pipelines.settings import SampleWebConfig
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def write_metadata(config: SampleWebConfig, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipelines.drawings import ATTRIBUTION, LICENSE
+    from pipelines.embedded_web.drawings import ATTRIBUTION, LICENSE
 
     types = {"SAMPLE_ID": pa.int64(), "URL": pa.string(), "TEXT": pa.string(), "WIDTH": pa.int32(),
              "HEIGHT": pa.int32(), "LICENSE": pa.string(), "NSFW": pa.string(), "similarity": pa.float64(),
@@ -122,7 +122,7 @@ def serving(dataset: DatasetConfig) -> Iterator[str | None]:
         )
     settings = [f"{name}={value}" for name, value in dataclasses.asdict(dataset.sample_web).items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.sample_server", *settings, f"port={port}"],
+        [sys.executable, "-m", "pipelines.embedded_web.server", *settings, f"port={port}"],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         start_new_session=True,  # Ctrl-C is for the driver, which may still want to finish a shard
     )  # fmt: skip

@@ -29,7 +29,7 @@ import numpy as np
 
 from pipelines.dag import weights_path
 from pipelines.manifest import StageFolder, sha256_file, shard_name
-from pipelines.near_duplicates import HASH_BITS, near_any, near_duplicates, store_places
+from pipelines.selecting.near_duplicates import HASH_BITS, near_any, near_duplicates, store_places
 from pipelines.settings import SelectionConfig, TableResources
 from pipelines.spilling import Tables, database
 

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_places(config)
         print("\n".join(describe(config)))
         if removed:
-            from pipelines.removed import describe_removed
+            from pipelines.selecting.removed import describe_removed
 
             print("\n".join(["", *describe_removed(config, Path(removed[-1]))]))
     except (ConfigError, FileNotFoundError, StorageError, ValueError) as error:

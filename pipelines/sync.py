@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from pipelines.config import ConfigError, compose
-from pipelines.shipper import AwayError
+from pipelines.shipping.shipper import AwayError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """MLflow: a run for the DAG, a child run for each stage, sent from the journals by a thread of the driver.
 
 Nobody waits for MLflow. Whoever has something to say appends to a journal (pipelines/journal.py); a thread
-(pipelines/shipper.py) reads on from where it stopped, sends, and notes how far it came. If the driver is
+(pipelines/shipping/shipper.py) reads on from where it stopped, sends, and notes how far it came. If the driver is
 killed between sending and noting, the same lines are sent again: a point carries the journal's time, so
 that MLflow takes the second one for the first. The ids of the runs lie in outputs/<name>/tracking.json, and
 a continued run goes on in the same MLflow runs. When MLflow does not know them (any more), they are made
@@ -24,8 +24,8 @@ from typing import Any
 from pipelines.journal import RUN, Journal, journal_path, journal_paths, read_entries, that_stand
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
 from pipelines.settings import TrackingConfig
-from pipelines.shipper import AwayError, Shipper, journaled_stages, sent_path
-from pipelines.stage_run import StageRun, first_line, say
+from pipelines.shipping.shipper import AwayError, Shipper, journaled_stages, sent_path
+from pipelines.shipping.stage_run import StageRun, first_line, say
 
 READ_BYTES = 1 << 18  # of one journal at a time: what bounds the memory
 STOPPED_SECONDS = 5.0  # what a run that a signal ended waits at most for MLflow

@@ -27,7 +27,16 @@ from typing import Any
 
 from ldm.storage import StorageError, check, exists, is_remote, place
 from pipelines.bucket import folder_at, homes_below
-from pipelines.checks import MANIFEST, PLAN, Finding, Shard, check_shard, check_stage, readable_records, shards_of
+from pipelines.checking.checks import (
+    MANIFEST,
+    PLAN,
+    Finding,
+    Shard,
+    check_shard,
+    check_stage,
+    readable_records,
+    shards_of,
+)
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StageFolder, read_json
 

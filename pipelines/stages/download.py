@@ -36,14 +36,14 @@ from PIL import __version__ as pillow_version
 
 from ldm.images import WHITE, ImageError, decode_small, encode_jpeg, encode_png, without_notes
 from ldm.shards import iterate_tar
-from pipelines.budgets import Ask, HostBudgets
 from pipelines.dag import Job
 from pipelines.fetch import STAND_IN_GONE, Fetcher
+from pipelines.fetching.budgets import Ask, HostBudgets
+from pipelines.fetching.room import Body, Share
+from pipelines.fetching.wire import FetchError
 from pipelines.manifest import Record, read_json, shard_name
 from pipelines.quarantine import QUARANTINED
-from pipelines.room import Body, Share
 from pipelines.settings import DownloadConfig
-from pipelines.wire import FetchError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home if anything imported it
 ENCODERS = {"jpg": lambda rgb, quality: encode_jpeg(rgb, quality), "png": lambda rgb, quality: encode_png(rgb)}

@@ -93,7 +93,7 @@ class Worker:
         self.job, self.settings = job, job.what["dataset.filter_images"]
         self.scorer: Any = None
         if self.settings.clip is not None or self.settings.heads:
-            from pipelines.scores import Scorer  # torch and open_clip: four seconds that only scores need
+            from pipelines.selecting.scores import Scorer  # torch and open_clip: four seconds that only scores need
 
             self.scorer = Scorer(self.settings, device_of(job.how.cluster.filter_images, "filter_images"))
 
@@ -140,7 +140,7 @@ class Worker:
         yield from self._scored(waiting)
 
     def _scored(self, waiting: list[tuple[dict[str, Any], np.ndarray, str]]) -> Iterator[dict[str, Any]]:
-        from pipelines.scores import Picture
+        from pipelines.selecting.scores import Picture
 
         scores = self.scorer([Picture(rgb, caption) for _, rgb, caption in waiting]) if waiting else []
         for (row, _, _), score in zip(waiting, scores, strict=True):

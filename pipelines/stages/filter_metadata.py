@@ -1,7 +1,7 @@
 """Reads the metadata, drops rows that are not worth a request, and deals the rest into shards.
 
 Parquet files (or tab-separated ones) in the order of their names, rows in the order of the files. Every dropped row has
-one reason, by the first rule of pipelines/metadata_rules.py that holds. Of rows with the same URL and caption, and then
+one reason, by the first rule of pipelines/metadata/rules.py that holds. Of rows with the same URL and caption, and then
 of rows with the same URL, the first one stays, across the whole set; a duplicate of a row that was dropped is none.
 
 -> filter_metadata/000042.parquet {key, url, caption, and all else that dataset.source.columns maps}
@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 from pipelines import sample_web
 from pipelines.dag import Job, weights_path
 from pipelines.manifest import Record, shard_name
-from pipelines.mended_text import mended
-from pipelines.metadata_files import SourceFile, at_hand, listed
-from pipelines.metadata_rules import DUPLICATES, NEEDED, SHAPE, Rule, check, deny_table, describe, quoted, rules
+from pipelines.metadata.files import SourceFile, at_hand, listed
+from pipelines.metadata.mended_text import mended
+from pipelines.metadata.rules import DUPLICATES, NEEDED, SHAPE, Rule, check, deny_table, describe, quoted, rules
 from pipelines.settings import FilterMetadataConfig, SourceConfig
 from pipelines.spilling import VERSION, Error, InvalidInput, database, lacks_room
 

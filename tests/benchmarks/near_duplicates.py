@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measure(count: int, bits: int, memory_bytes: int, threads: int, folder: str) -> dict[str, float]:
-    from pipelines import near_duplicates
+    from pipelines.selecting import near_duplicates
     from pipelines.settings import TableResources
     from pipelines.spilling import database
 

@@ -22,7 +22,7 @@ from ldm.models.autoencoder import load_autoencoder
 from ldm.training.train_autoencoder import motif_of, reconstruction_psnr, split_pictures, to_tensor
 from pipelines.config import compose
 from pipelines.dag import weights_path
-from pipelines.drawings import Drawing, drawings, render_on
+from pipelines.embedded_web.drawings import Drawing, drawings, render_on
 
 SIDE, BATCH = 128, 32
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.settings import TrackingConfig
-from pipelines.shipper import unsent_bytes
+from pipelines.shipping.shipper import unsent_bytes
 from pipelines.tracking import Tracker
 from tests.pipelines.mlflow_server import MlflowServer, run_together
 from tests.pipelines.test_tracking import points, runs_of, unhelpful_server

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from pipelines import addresses, fetch, wire
-from pipelines.addresses import AddressError, Names, is_public
+from pipelines import fetch
 from pipelines.config import compose
 from pipelines.fetch import Fetcher
-from pipelines.room import Body, Room, Share
-from pipelines.wire import FetchError
+from pipelines.fetching import addresses, wire
+from pipelines.fetching.addresses import AddressError, Names, is_public
+from pipelines.fetching.room import Body, Room, Share
+from pipelines.fetching.wire import FetchError
 from tests.pipelines.unkind_server import Unkind, certificate, drip_handshake, raw_server, unkind_server
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))

@@ -19,7 +19,7 @@ import webdataset as wds
 from ldm import shards
 from ldm.images import encode_png
 from ldm.shards import BLOCK, END, INDEX_ROW, CorruptSample, ShardInfo, ShardReader, encode_array, iterate_tar
-from pipelines.checks import Shard, check_shard
+from pipelines.checking.checks import Shard, check_shard
 from pipelines.manifest import StageFolder
 from pipelines.stages import filter_images, precompute_latents
 from pipelines.stages.train_autoencoder import read_pictures

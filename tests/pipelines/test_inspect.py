@@ -15,9 +15,9 @@ from ldm.interop.contents import contents
 from ldm.interop.diffusers_folder import write_folder
 from ldm.models.denoiser import make_denoiser
 from ldm.training import checkpoint
+from pipelines.checking.weights import describe_contents
 from pipelines.config import CONF
 from pipelines.inspect import describe, main
-from pipelines.inspect_weights import describe_contents
 from pipelines.manifest import StageFolder
 from tests.ldm.interop.small import key_list
 from tests.ldm.interop.test_compvis import FIRST_STAGES, RELEASED, SCHEDULE, parts_of

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import pipelines.reporting.examples as reading
 from ldm.shards import ShardWriter
-from pipelines import report_examples
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import StageFolder, write_json
-from pipelines.page import bar, curve, embed, markdown, table, thin, ticks
 from pipelines.report import spread_to_end, write_report
-from pipelines.report_examples import Few, examples
+from pipelines.reporting.examples import Few, examples
+from pipelines.reporting.page import bar, curve, embed, markdown, table, thin, ticks
 from pipelines.selection import REASONS, reasons_file, write_selection
 
 
@@ -210,7 +210,7 @@ def test_examples_are_few_and_come_from_everywhere() -> None:
 def test_no_more_pictures_are_read_than_the_page_can_bear(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_examples, "PICTURE_BYTES", 2 * len(picture("teal")))
+    monkeypatch.setattr(reading, "PICTURE_BYTES", 2 * len(picture("teal")))
     assert sum(len(some) for some in examples(folders_of(run_folder)).values()) == 3
 
 

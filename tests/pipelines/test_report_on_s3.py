@@ -12,8 +12,8 @@ from pipelines import status
 from pipelines.config import plain
 from pipelines.dag import Dag
 from pipelines.journal import Journal, journal_path
-from pipelines.removed import describe_removed
 from pipelines.report import write_report
+from pipelines.selecting.removed import describe_removed
 from pipelines.selection import REASONS
 from pipelines.stages.train import prepare
 from tests.pipelines.small_cache import config_of, make_cache

@@ -25,13 +25,13 @@ from PIL import Image
 
 from ldm.images import ImageError, decode_rgb, encode_jpeg, resize_shorter
 from pipelines.config import CONF, DatasetConfig, build
+from pipelines.embedded_web.pictures import FORMATS, SUBJECTS, Picture, by_hexcode, encode
+from pipelines.embedded_web.plan import FATE, KINDS, SHY_HOST, Kind, Row, counts, plan
+from pipelines.embedded_web.server import INWARD
 from pipelines.fetch import Fetcher
-from pipelines.sample_pictures import FORMATS, SUBJECTS, Picture, by_hexcode, encode
-from pipelines.sample_plan import FATE, KINDS, SHY_HOST, Kind, Row, counts, plan
-from pipelines.sample_server import INWARD
+from pipelines.fetching.wire import FetchError
 from pipelines.sample_web import ROOT, expected_funnel, serving, write_metadata
 from pipelines.settings import SampleWebConfig
-from pipelines.wire import FetchError
 
 SEED = int(os.environ.get("LDM_TEST_SEED", "0"))
 DATASET = build(DatasetConfig, yaml.safe_load((CONF / "dataset/openmoji.yaml").read_text()))
@@ -100,7 +100,7 @@ def test_the_same_settings_give_the_same_bytes_also_in_another_process(tmp_path:
     code = f"""from pathlib import Path
 from pipelines.sample_web import write_metadata
 from pipelines.settings import SampleWebConfig
-from pipelines.wire import FetchError
+from pipelines.fetching.wire import FetchError
 write_metadata({SMALL!r}, Path({str(tmp_path / "b.parquet")!r}))"""
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
@@ -394,13 +394,13 @@ def test_a_port_that_is_taken_is_named(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_server_by_hand_says_what_it_expects() -> None:
-    done = subprocess.run([sys.executable, "-m", "pipelines.sample_server", "rows=64"], cwd=ROOT, capture_output=True,
-                          stdin=subprocess.DEVNULL, text=True, check=False)  # fmt: skip
+    command = [sys.executable, "-m", "pipelines.embedded_web.server", "rows=64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False)
     assert done.returncode == 2 and "expected rows=N pictures=N seed=N port=N" in done.stderr
 
 
 def test_planning_and_serving_load_neither_torch_nor_arrow() -> None:
-    code = "import sys, pipelines.sample_server, pipelines.sample_web; " \
+    code = "import sys, pipelines.embedded_web.server, pipelines.sample_web; " \
            "print(sorted({'torch', 'pyarrow', 'ray', 'hydra', 'omegaconf'} & sys.modules.keys()))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

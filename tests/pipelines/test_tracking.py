@@ -20,9 +20,9 @@ from PIL import Image
 
 from pipelines import tracking
 from pipelines.journal import Journal, flatten, journal_path, read_entries, read_images, read_metrics
-from pipelines.labels import safe_name, shorten, to_csv
 from pipelines.settings import TrackingConfig
-from pipelines.shipper import AwayError, Shipper, sent_path, unsent_bytes
+from pipelines.shipping.labels import safe_name, shorten, to_csv
+from pipelines.shipping.shipper import AwayError, Shipper, sent_path, unsent_bytes
 from pipelines.tracking import Tracker, database_uri, sync
 from tests.pipelines.mlflow_server import MlflowServer, run_together
 
@@ -309,7 +309,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipelines import tracking
-from pipelines.labels import safe_name, shorten, to_csv
+from pipelines.shipping.labels import safe_name, shorten, to_csv
 from pipelines.settings import TrackingConfig
 
 tracking.prepare_environment()

@@ -24,8 +24,8 @@ import torch
 
 from ldm.shards import CorruptSample
 from ldm.training.loader import Draw, Loader, TrainData
-from pipelines import checks
-from pipelines.checks import Finding
+from pipelines.checking import checks
+from pipelines.checking.checks import Finding
 from pipelines.manifest import StageFolder, canonical, read_json, shard_name, write_json
 from pipelines.stages.precompute_latents import Worker
 from pipelines.training_set import closed_records, shard_info

@@ -23,8 +23,9 @@ import torch
 
 from ldm.node_cache import DamagedFile, NodeCache
 from ldm.storage import place
-from pipelines import inspect, latent_sheet, selection, status, verify
+from pipelines import inspect, selection, status, verify
 from pipelines.bucket import Bucket
+from pipelines.checking import latent_sheet
 from pipelines.config import compose
 from pipelines.dag import Dag
 from pipelines.manifest import Record, StageFolder, sum_funnel, write_json

@@ -25,10 +25,10 @@ from PIL import Image
 from ldm.images import WHITE, decode_rgb, encode_jpeg, encode_png, resize_shorter
 from pipelines.config import CONF, DatasetConfig, compose
 from pipelines.dag import Dag, Job, connected
+from pipelines.embedded_web.pictures import encode
+from pipelines.embedded_web.plan import plan
 from pipelines.fetch import LARGEST_BODIES
 from pipelines.manifest import Record, StageFolder
-from pipelines.sample_pictures import encode
-from pipelines.sample_plan import plan
 from pipelines.sample_web import expected_funnel, serving
 from pipelines.settings import SampleWebConfig
 from pipelines.stages import download, filter_metadata

@@ -15,7 +15,7 @@ from pipelines import extend
 from pipelines.config import Config, compose
 from pipelines.dag import Job
 from pipelines.manifest import StageFolder, edition_digests
-from pipelines.metadata_files import at_hand
+from pipelines.metadata.files import at_hand
 from pipelines.stages import filter_metadata
 from tests.pipelines.stages.test_filter_metadata import job_of, make_job, row
 from tests.pipelines.test_extend import address, config_of, finish, manifests, write

@@ -14,7 +14,7 @@ from ldm.models.clip import ClipTextEncoder
 from ldm.models.tokenizer import make_tokenizer
 from ldm.shards import decode_array, iterate_tar
 from ldm.training.loader import Draw, Loader
-from pipelines.checks import latents
+from pipelines.checking.checks import latents
 from pipelines.config import ConfigError, section
 from pipelines.dag import Dag, Job, decides
 from pipelines.manifest import StageFolder

@@ -19,7 +19,7 @@ from ldm.shards import ShardWriter
 from ldm.training.train_autoencoder import is_held_out, reconstruction_psnr, to_tensor
 from pipelines.config import compose
 from pipelines.dag import Job, weights_path
-from pipelines.drawings import drawings, render_on
+from pipelines.embedded_web.drawings import drawings, render_on
 from pipelines.journal import read_metrics
 from pipelines.manifest import StageFolder, sum_funnel
 from pipelines.stages import train_autoencoder

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines import near_duplicates as module
-from pipelines.near_duplicates import HASH_BITS, near_any, near_duplicates, sortings
+from pipelines.selecting import near_duplicates as module
+from pipelines.selecting.near_duplicates import HASH_BITS, near_any, near_duplicates, sortings
 from pipelines.settings import TableResources
 from pipelines.spilling import NoRoom, database
 
@@ -145,7 +145,7 @@ def test_nearness_to_others_is_what_comparing_all_of_them_finds(bits: int, monke
         hashes[20 * flips :] ^= np.uint64(1) << chance.integers(0, 64, len(hashes) - 20 * flips, np.uint64)
     expected = (np.bitwise_count(hashes[:, None] ^ others[None]) <= bits).any(1)
     assert near_any(hashes, others, bits).tolist() == expected.tolist() and 20 <= expected.sum() < len(expected)
-    monkeypatch.setattr("pipelines.near_duplicates.PAIRS_AT_ONCE", 100)
+    monkeypatch.setattr("pipelines.selecting.near_duplicates.PAIRS_AT_ONCE", 100)
     assert near_any(hashes, others, bits).tolist() == expected.tolist()
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.mended_text import NOT_UTF8
+from pipelines.metadata.mended_text import NOT_UTF8
 from pipelines.settings import FilterMetadataConfig
 
 NEEDED = ("url", "caption")

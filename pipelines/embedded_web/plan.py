@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.drawings import Drawing, drawings
-from pipelines.sample_pictures import FORMATS, LAID, SUBJECTS, UNSTEADY, Picture, by_hexcode
+from pipelines.embedded_web.drawings import Drawing, drawings
+from pipelines.embedded_web.pictures import FORMATS, LAID, SUBJECTS, UNSTEADY, Picture, by_hexcode
 from pipelines.settings import SampleWebConfig
 
 # Invented hosts under a domain that no name service knows (RFC 6761).

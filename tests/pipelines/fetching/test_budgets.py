@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipelines import budgets
-from pipelines.budgets import HostBudgets, Turns
+from pipelines.fetching import budgets
+from pipelines.fetching.budgets import HostBudgets, Turns
 
 
 @pytest.fixture

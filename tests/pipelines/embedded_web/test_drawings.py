@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from pipelines.drawings import Drawing, drawings, render, render_on
+from pipelines.embedded_web.drawings import Drawing, drawings, render, render_on
 
 
 def find(hexcode: str) -> Drawing:

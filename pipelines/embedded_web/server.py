@@ -3,7 +3,7 @@
 A process of its own, so that it takes nothing from the driver; it ends when its standard input does, and so with the
 driver, however that comes about. By hand, until Ctrl-D:
 
-    python -m pipelines.sample_server rows=1024 pictures=144 seed=0 port=8080
+    python -m pipelines.embedded_web.server rows=1024 pictures=144 seed=0 port=8080
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pipelines.sample_pictures import MEDIA_TYPES, Picture, bomb, encode
-from pipelines.sample_plan import ENDLESS_BYTES, FATE, HOSTS, SHY_HOST, Row, plan
+from pipelines.embedded_web.pictures import MEDIA_TYPES, Picture, bomb, encode
+from pipelines.embedded_web.plan import ENDLESS_BYTES, FATE, HOSTS, SHY_HOST, Row, plan
 from pipelines.settings import SampleWebConfig
 
 LOOPBACK = "127.0.0.1"

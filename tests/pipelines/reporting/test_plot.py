@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from pipelines.plot import KEPT, funnel_png
+from pipelines.reporting.plot import KEPT, funnel_png
 
 
 def share(png: bytes, colour: str) -> float:

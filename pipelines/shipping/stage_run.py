@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.storage import is_remote
-from pipelines.labels import MAX_KEY, safe_name, shorten, to_csv, to_markdown
+from pipelines.shipping.labels import MAX_KEY, safe_name, shorten, to_csv, to_markdown
 
 MAX_METRICS, MAX_WORDS = 800, 100  # in one request; MLflow takes 1000 in all, and 100 params or tags
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters that MLflow keeps

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipelines.manifest import StageFolder, shard_name
-from pipelines.page import cell, embed, figure
-from pipelines.report_data import judged_of, rows_of, selection_reasons, spread
+from pipelines.reporting.data import judged_of, rows_of, selection_reasons, spread
+from pipelines.reporting.page import cell, embed, figure
 
 SHARDS = 8  # whose pictures are looked through
 PICTURE_BYTES = 256_000_000  # that are read of all of them

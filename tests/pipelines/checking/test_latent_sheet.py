@@ -14,7 +14,8 @@ from PIL import Image
 
 from ldm.images import resize_and_crop
 from ldm.shards import CorruptSample, ShardReader, decode_array
-from pipelines import inspect, latent_sheet
+from pipelines import inspect
+from pipelines.checking import latent_sheet
 from pipelines.manifest import read_json, write_json
 from pipelines.training_set import shard_info
 from tests.pipelines.small_cache import latents_of, make_cache, picture

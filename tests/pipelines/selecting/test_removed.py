@@ -17,7 +17,7 @@ from pipelines import status
 from pipelines.config import Config
 from pipelines.dag import Dag
 from pipelines.manifest import StageFolder, edition_digest, sha256_file, write_json
-from pipelines.removed import describe_removed
+from pipelines.selecting.removed import describe_removed
 from pipelines.selection import write_selection
 from pipelines.stages.train import train_data
 from tests.pipelines.small_cache import config_of, make_cache

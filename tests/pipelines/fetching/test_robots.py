@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pipelines.robots import Robots, matches, parse_robots
+from pipelines.fetching.robots import Robots, matches, parse_robots
 
 AGENT = "latent-diffusion-pipelines/1.0 (+https://example.org)"
 

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from pipelines.journal import journal_paths, read_entries
 from pipelines.manifest import StageFolder, shard_name
-from pipelines.page import cell, curve, histogram, table
 from pipelines.quarantine import QUARANTINED
+from pipelines.reporting.page import cell, curve, histogram, table
 
 SHARDS = 64  # that are looked at
 ROWS = 32_000  # that are looked at, of all of them together

@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.exceptions import TimeoutError as WireTimeout
 from urllib3.response import BaseHTTPResponse
 
-from pipelines.room import SMALL_BYTES, Share
+from pipelines.fetching.room import SMALL_BYTES, Share
 
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16

@@ -18,7 +18,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from pipelines.drawings import Drawing, drawings, render
+from pipelines.embedded_web.drawings import Drawing, drawings, render
 
 # Hexcodes in the order of choice: a web of n good pictures takes the first n.
 SUBJECTS = """

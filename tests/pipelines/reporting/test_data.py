@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import report_data
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import StageFolder
-from pipelines.page import histogram
-from pipelines.report_data import by_host, data_sections, distributions, sample_rows, spread
+from pipelines.reporting import data
+from pipelines.reporting.data import by_host, data_sections, distributions, sample_rows, spread
+from pipelines.reporting.page import histogram
 from pipelines.selection import REASONS, reasons_file, write_selection
 
 
@@ -131,8 +131,8 @@ def test_a_run_that_has_not_downloaded_yet_has_no_such_section(tmp_path: Path) -
 
 
 def test_memory_is_that_of_a_few_rows_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_data, "ROWS", 60)
-    monkeypatch.setattr(report_data, "BATCH_ROWS", 50)
+    monkeypatch.setattr(data, "ROWS", 60)
+    monkeypatch.setattr(data, "BATCH_ROWS", 50)
     folders = make(tmp_path, shards=3, rows=600, caption="long words " * 30)  # about 180 MB of captions
     sample_rows(folders)  # what is imported and cached does not count
     tracemalloc.start()

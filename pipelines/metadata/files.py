@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from ldm import storage
 from ldm.storage import is_remote, place
+from pipelines.metadata.tab_separated import as_parquet
 from pipelines.settings import SourceConfig
-from pipelines.tab_separated import as_parquet
 
 
 class SourceFile(NamedTuple):

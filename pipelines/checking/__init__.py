@@ -1,0 +1,1 @@
+"""What `verify` and `inspect` look at: shards and records, weights, pictures of a latent cache."""

@@ -1,0 +1,1 @@
+"""The parts of the fetcher: connections, addresses, robots.txt, budgets of hosts and of memory."""

@@ -1,0 +1,1 @@
+"""How what a run says gets from its journals to MLflow."""
