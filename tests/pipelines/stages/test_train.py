@@ -21,7 +21,6 @@ from pipelines.dag import Dag, Job, weights_path
 from pipelines.journal import journal_path, read_entries
 from pipelines.manifest import StageFolder, StaleError, sha256_file, shard_name, sum_funnel
 from pipelines.run import tracked
-from pipelines.selecting import decided
 from pipelines.selection import Chosen, select
 from pipelines.stages import train
 from pipelines.tracking import Tracker
@@ -214,7 +213,7 @@ def test_a_run_that_goes_on_decides_again_only_where_something_changed(
         asked["times"] += 1
         return select(*given)
 
-    monkeypatch.setattr(decided, "select", counting)
+    monkeypatch.setattr("pipelines.selecting.decided.select", counting)
     prepared = train.prepare(job)
     assert prepared.reasons and train.prepare(job) == prepared and asked["times"] == 1
     for name in ("selection.parquet", "reasons.parquet", "selected.json"):
