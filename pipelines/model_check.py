@@ -11,19 +11,19 @@ from ldm import generate
 from ldm.config import TrainSettings
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import make_tokenizer
-from ldm.training import train
+from ldm.training import checks
 from ldm.training.engine import World, check_kept, deepspeed_config
 from pipelines.config import Config
 
 
 def check_model(config: Config) -> None:
     """Raises ValueError, naming the settings, where train and generate could not work with them."""
-    train.check(
+    checks.check(
         TrainSettings(
             unet=config.unet, text_encoder=config.text_encoder, diffusion=config.diffusion, training=config.training
         )
     )
-    generate.check(config.generation, train.schedule_of(config.diffusion), config.diffusion.prediction)
+    generate.check(config.generation, checks.schedule_of(config.diffusion), config.diffusion.prediction)
     resources = config.cluster.train
     check_kept(resources.run)
     device = torch.device("cuda" if resources.num_gpus else "cpu")

@@ -8,59 +8,41 @@ newest whole checkpoint, and on an equal number of processes ends in the same bi
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ldm import generate
-from ldm.config import DiffusionConfig, GenerationConfig, TrainingConfig, TrainingRunConfig, TrainSettings
-from ldm.diffusion import objective
-from ldm.diffusion.schedule import Schedule, add_noise, make_schedule
-from ldm.generate import Painter, draw_latents
+from ldm.config import TrainingRunConfig, TrainSettings
+from ldm.diffusion.schedule import add_noise
 from ldm.models.attention import AttentionBlock, SpatialTransformer
 from ldm.models.blocks import ResBlock, checkpoint_activations
 from ldm.models.denoiser import make_denoiser
-from ldm.models.tokenizer import Tokenizer, make_tokenizer
-from ldm.sheet import Tile, draw_sheet
+from ldm.models.tokenizer import make_tokenizer
 from ldm.training import checkpoint, copies, lr
+from ldm.training.bad_batches import TooManyBadBatches, non_finite, refusable, refusal
 from ldm.training.budget import costs_of
+from ldm.training.checks import check, schedule_of
 from ldm.training.ema import Ema
-from ldm.training.engine import WEIGHTS, Engine, GradientOverflow, NonFiniteGradient, World, check_kept, join
-from ldm.training.frozen import Frozen, arithmetic
-from ldm.training.going_on import (
-    ACCEPTABLE,
-    accepted_changes,
-    after_skipped,
-    check_skipped_samples,
-    is_range,
-    run_config,
-    start_from,
-)
-from ldm.training.loader import Batch, Draw, Loader, TrainData, allow_open_files, hold_out
+from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, check_kept, join
+from ldm.training.frozen import Frozen
+from ldm.training.going_on import accepted_changes, after_skipped, check_skipped_samples, run_config, start_from
+from ldm.training.grid import Decode, sample_grid
+from ldm.training.loader import TrainData, allow_open_files, hold_out
 from ldm.training.meter import Meter
+from ldm.training.step import loss_of, make_loader, null_context, seed_dropout
+from ldm.training.validation import validation_loss
 from ldm.training.watchdog import Watchdog
 
 Log = Callable[[int, dict[str, float]], None]
 LogGrid = Callable[[int, bytes, str], None]
 LogCheckpoint = Callable[[Path, list[str]], None]
-Decode = Callable[[Tensor], Tensor]
 
 log_line = logging.getLogger(__name__)
-
-
-class TooManyBadBatches(RuntimeError):
-    """More losses or gradients were no numbers than may be."""
-
-    stops_the_run = True  # a restart would meet the same batches
 
 
 def train(
@@ -248,57 +230,6 @@ def train(
     return saved
 
 
-# ---- settings ----------------------------------------------------------------------------------------------
-def check(settings: TrainSettings) -> None:
-    """Refuses settings that cannot be followed, before anything is loaded."""
-    training = settings.training
-    if unknown := sorted(set(training.accept or ()) - set(ACCEPTABLE)):
-        raise ValueError(f"training.accept has {unknown}; a run that goes on may change: {', '.join(ACCEPTABLE)}")
-    if training.skip_samples is not None and not is_range(training.skip_samples):
-        raise ValueError(f"training.skip_samples is {training.skip_samples}; it is [a, b] with 0 <= a < b, or null")
-    lr.check(training.lr_schedule, training.warmup_steps, training.max_steps, training.lr_end)
-    schedule = schedule_of(settings.diffusion)
-    objective.check_prediction_type(settings.diffusion.prediction, schedule)
-    generate.check(grid_config(training), schedule, settings.diffusion.prediction)
-    if training.ema_of not in ("unet", "all"):
-        raise ValueError(f"training.ema_of is {training.ema_of!r}; there are: unet, all")
-    text = settings.text_encoder
-    if text is not None and text.kind == "clip" and text.canvas is not None:
-        raise ValueError(
-            f"text_encoder.canvas is {text.canvas}; a text encoder of kind 'clip' is frozen and cannot learn to draw "
-            f"on one: set it to null"
-        )
-    if training.held_out_shards and training.validation_samples % training.batch_size:
-        raise ValueError(
-            f"training.validation_samples is {training.validation_samples}; it must be a multiple of "
-            f"training.batch_size, {training.batch_size}, so that every process has an equal share"
-        )
-
-
-def schedule_of(diffusion: DiffusionConfig) -> Schedule:
-    """The noise schedule of a configuration."""
-    return make_schedule(
-        diffusion.schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end, diffusion.zero_terminal_snr
-    )
-
-
-def grid_config(training: TrainingConfig) -> GenerationConfig:
-    """How the sample grids are drawn: without chance after the start, so that they differ by training alone."""
-    grid = training.grid
-    return GenerationConfig(
-        prompts=grid.prompts,
-        unseen_prompts=[],
-        sampler="ddim",
-        steps=grid.steps,
-        spacing="trailing",
-        guidance_scale=grid.guidance_scale,
-        eta=0.0,
-        seed=training.seed,
-        batch_size=max(1, len(grid.prompts)),
-        grid_pictures=len(grid.prompts),
-    )
-
-
 def make_deterministic() -> None:
     """Equal runs give equal bits on CUDA too."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -309,37 +240,6 @@ def make_deterministic() -> None:
 def due(step: int, every: int | None, shown: int, done: bool) -> bool:
     """Whether something that happens every so often, and at the end, has to happen at this step of this process."""
     return every is not None and step > shown and (step % every == 0 or done)
-
-
-# ---- parts of a step ---------------------------------------------------------------------------------------
-def make_loader(
-    settings: TrainSettings,
-    data: TrainData,
-    tokenizer: Tokenizer | None,
-    null_context: np.ndarray | None,
-    run: TrainingRunConfig,
-    world: World,
-    validation: bool = False,
-) -> Loader:
-    """The loader of this process; for validation captions are never dropped."""
-    training, diffusion = settings.training, settings.diffusion
-    return Loader(
-        data,
-        Draw(
-            training.seed, diffusion.timesteps, 0.0 if validation else training.caption_dropout, diffusion.offset_noise
-        ),
-        tokenizer,
-        lanes=training.lanes,
-        window_shards=training.window_shards,
-        batch_size=training.batch_size,
-        micro_batch_size=run.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        workers=0 if validation else run.loader_workers,
-        cache_bytes=run.loader_cache_bytes,
-        pin=world.device.type == "cuda",
-        null_context=null_context,
-    )
 
 
 def settle(
@@ -356,107 +256,3 @@ def settle(
         rules = (run.keep_checkpoints, run.keep_every_steps, run.keep_best)
         log_checkpoint(kept, checkpoint.retain(output, *rules, tell, but=copier.under_way))
         copier.look()
-
-
-def null_context(frozen: Frozen, tokenizer: Tokenizer, device: torch.device) -> np.ndarray:
-    """What the frozen text encoder makes of the empty caption (l, d), as a cache holds it of the others."""
-    context = frozen.encode({"tokens": tokenizer.null[None].to(device)})["context"]
-    return context[0].to("cpu", torch.float16).numpy()
-
-
-def seed_dropout(seed: int, batch: Batch) -> None:
-    """Dropout inside the network depends on where in the run we are, not on what this process did before."""
-    torch.manual_seed(hash((seed, int(batch.positions[0]))) & (2**63 - 1))
-
-
-def loss_of(diffusion: DiffusionConfig, schedule: Schedule, prediction: Tensor, batch: Batch) -> Tensor:
-    """Loss of each sample, (b,)."""
-    return objective.loss(
-        diffusion.prediction,
-        schedule,
-        prediction,
-        batch.z0,
-        batch.eps,
-        batch.t,
-        kind=diffusion.loss,
-        min_snr_gamma=diffusion.min_snr_gamma,
-    )
-
-
-def refusable(loss: Tensor) -> Tensor:
-    """Mean of the losses (b,). Where one is no number, so is the gradient of all weights, and the engine refuses it."""
-    return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, math.nan)
-
-
-def non_finite(output: Path, what: str, step: int, samples_seen: int, keys: list[str], own_is_finite: bool) -> str:
-    """What, where, and on which samples: the same words in every process, and a file of keys beside the checkpoints."""
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (own_is_finite, keys))
-    guilty = [rank for rank, (finite, _) in enumerate(reports) if not finite] or list(range(len(reports)))
-    found = {f"process {rank}": reports[rank][1] for rank in guilty}
-    path = output / "skipped" / f"samples-{samples_seen:012d}.json"
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"format": 1, "reason": what, "step": step, "samples_seen": samples_seen, "keys": found}
-        path.write_text(json.dumps(facts, indent=1) + "\n")
-    lines = "\n".join(f"  {who}: {', '.join(keys)}" for who, keys in found.items())
-    return (
-        f"{what} at step {step}; the weights are still those of step {step - 1}. Keys of the samples, also in "
-        f"{path}:\n{lines}"
-    )
-
-
-def refusal(skipped: int, allowed: int) -> str:
-    """Why a run ends instead of leaving out one more batch."""
-    return (
-        f"this is batch {skipped} that is no good, and training.max_skipped_batches is {allowed}. If it is the "
-        f"samples, put them on dataset.selection.removed and start a new run; if the loss rose before, lower "
-        f"training.learning_rate"
-    )
-
-
-@torch.no_grad()
-def validation_loss(
-    engine: Engine, frozen: Frozen, loader: Loader, settings: TrainSettings, schedule: Schedule
-) -> float:
-    """Mean loss of the newest weights over held-out samples, always the same ones with the same noise."""
-    steps = settings.training.validation_samples // settings.training.batch_size * engine.accumulation
-    batches = loader.batches(0)
-    total = torch.zeros(2, dtype=torch.float64, device=engine.world.device)
-    engine.module.eval()
-    for _ in range(steps):
-        batch = next(batches).to(engine.world.device)
-        z_t = add_noise(schedule, batch.z0, batch.eps, batch.t)
-        prediction = engine(z_t, batch.t, frozen.encode(batch.condition))
-        loss = loss_of(settings.diffusion, schedule, prediction, batch)
-        total += torch.stack([loss.sum(), torch.tensor(float(len(loss)), device=loss.device)])
-    engine.module.train()
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
-
-
-def sample_grid(
-    settings: TrainSettings,
-    data: TrainData,
-    weights: dict[str, Tensor],
-    frozen: Frozen,
-    schedule: Schedule,
-    tokenizer: Tokenizer | None,
-    decode: Decode,
-    step: int,
-) -> bytes:
-    """A PNG of one picture for each fixed prompt, from fixed noise, drawn by the averaged weights."""
-    prompts, precision, device = settings.training.grid.prompts, settings.training.precision, schedule.signal.device
-    with torch.device("meta"):  # the weights are there: none are drawn at random, and none held twice
-        denoiser = make_denoiser(settings.unet, settings.text_encoder if frozen.text_encoder is None else None)
-    denoiser.load_state_dict(weights, assign=True)
-    denoiser.eval().to(device=device, dtype=WEIGHTS.get(precision))
-    denoiser.text_encoder = frozen.text_encoder or denoiser.text_encoder
-    c, h, w = data.latent_shape
-    painter = Painter(denoiser, tokenizer, schedule, settings.diffusion.prediction, (c, h, w))
-    with torch.no_grad():
-        with arithmetic(precision, device.type):
-            z0 = draw_latents(painter, prompts, grid_config(settings.training))
-        image = decode(z0)
-    tiles = [Tile([picture], prompt) for picture, prompt in zip(image.float().cpu(), prompts, strict=True)]
-    return draw_sheet([(f"Step {step}", tiles)], math.ceil(math.sqrt(len(tiles))))

@@ -20,10 +20,11 @@ import torch
 from ldm.config import TrainSettings
 from ldm.diffusion.schedule import add_noise
 from ldm.models.denoiser import make_denoiser
+from ldm.training.checks import schedule_of
 from ldm.training.ema import Ema
 from ldm.training.engine import Engine, join
 from ldm.training.loader import Batch
-from ldm.training.train import loss_of, schedule_of
+from ldm.training.step import loss_of
 from pipelines.config import Config, compose
 
 

@@ -16,8 +16,8 @@ from ray.train import WorkerGroupError
 from torch.distributed import DistBackendError
 
 from ldm.storage import StorageError
+from ldm.training.bad_batches import TooManyBadBatches
 from ldm.training.checkpoint import DiskFull, NotWhole
-from ldm.training.train import TooManyBadBatches
 from pipelines import cluster
 from pipelines.config import compose
 from pipelines.settings import TrainResources

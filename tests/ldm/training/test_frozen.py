@@ -20,6 +20,7 @@ from ldm.models.clip import ClipTextEncoder
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.shards import CorruptSample, ShardWriter, encode_array, iterate_tar
+from ldm.training import checks
 from ldm.training import train as loop
 from ldm.training.checkpoint import newest, step_name
 from ldm.training.frozen import Frozen
@@ -174,4 +175,4 @@ def test_what_it_makes_of_tokens_is_what_the_whole_model_would_read() -> None:
 
 def test_a_frozen_encoder_cannot_have_a_canvas() -> None:
     with pytest.raises(ValueError, match="text_encoder.canvas is .* set it to null"):
-        loop.check(replace(settings(), text_encoder=replace(CLIP, canvas=[2, 4, 4])))
+        checks.check(replace(settings(), text_encoder=replace(CLIP, canvas=[2, 4, 4])))

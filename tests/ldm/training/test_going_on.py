@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ldm.config import TrainingRunConfig, TrainSettings, from_plain
-from ldm.training import lr
+from ldm.training import checks, lr
 from ldm.training import train as loop
 from ldm.training.checkpoint import newest, step_name
 from ldm.training.going_on import after_skipped
@@ -86,7 +86,7 @@ def test_samples_to_be_left_out_begin_where_a_batch_does(data: TrainData, six: P
     assert "begin at 16 and 24" in str(error)
     for wrong in ([8], [8, 8], [-8, 8]):
         with pytest.raises(ValueError, match=r"skip_samples is \[.*\]; it is \[a, b\] with 0 <= a < b"):
-            loop.check(changed(skip_samples=wrong))
+            checks.check(changed(skip_samples=wrong))
     assert [after_skipped([8, 20], seen) for seen in (0, 8, 16, 20)] == [0, 20, 20, 20]
 
 
@@ -117,7 +117,7 @@ def test_a_changed_learning_rate_and_batch_size_go_on_when_they_are_accepted(
 
 def test_another_model_or_other_data_cannot_be_accepted(data: TrainData, six: Path) -> None:
     with pytest.raises(ValueError, match=r"training.accept has \['unet.dropout'\]; a run that goes on may change: "):
-        loop.check(changed(accept=["unet.dropout"]))
+        checks.check(changed(accept=["unet.dropout"]))
     other = replace(changed(learning_rate=1.0), unet=replace(WHAT.unet, dropout=0.5))
     (error,) = processes.run(work, other, data, six, ALONE)
     assert "unet.dropout: 0.1 in the checkpoint, 0.5 now" in str(error) and "training.accept=" not in str(error)

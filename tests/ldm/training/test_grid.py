@@ -14,7 +14,8 @@ from ldm.config import SampleGridConfig, TrainSettings
 from ldm.generate import Painter, draw_latents
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import make_tokenizer
-from ldm.training import train as loop
+from ldm.training import grid
+from ldm.training.checks import schedule_of
 from ldm.training.frozen import Frozen
 from tests.ldm.training.tiny import SEED, SHAPE, settings
 
@@ -41,8 +42,8 @@ def drawn(what: TrainSettings, weights: dict[str, Tensor]) -> Tensor:
     data: Any = SimpleNamespace(latent_shape=SHAPE)
     frozen = Frozen(make_denoiser(what.unet, what.text_encoder), what.training.precision)
     tokenizer = make_tokenizer(what.text_encoder)
-    schedule = loop.schedule_of(what.diffusion)
-    assert loop.sample_grid(what, data, weights, frozen, schedule, tokenizer, decode, 4).startswith(b"\x89PNG")
+    schedule = schedule_of(what.diffusion)
+    assert grid.sample_grid(what, data, weights, frozen, schedule, tokenizer, decode, 4).startswith(b"\x89PNG")
     return latents[0]
 
 
@@ -51,9 +52,9 @@ def test_a_grid_is_drawn_by_the_weights_that_there_are(precision: str, monkeypat
     what = settings(grid=GRID)
     denoiser = trained(what)
     weights = {name: x.clone() for name, x in denoiser.state_dict().items()}
-    tokenizer, schedule = make_tokenizer(what.text_encoder), loop.schedule_of(what.diffusion)
+    tokenizer, schedule = make_tokenizer(what.text_encoder), schedule_of(what.diffusion)
     painter = Painter(denoiser, tokenizer, schedule, what.diffusion.prediction, (2, 4, 4))
-    expected = draw_latents(painter, GRID.prompts, loop.grid_config(what.training))
+    expected = draw_latents(painter, GRID.prompts, grid.grid_config(what.training))
     made: list[set[str]] = []
 
     def make(*parts: Any) -> Denoiser:
@@ -61,7 +62,7 @@ def test_a_grid_is_drawn_by_the_weights_that_there_are(precision: str, monkeypat
         made.append({parameter.device.type for parameter in denoiser.parameters()})
         return denoiser
 
-    monkeypatch.setattr(loop, "make_denoiser", make)
+    monkeypatch.setattr(grid, "make_denoiser", make)
     found = drawn(replace(what, training=replace(what.training, precision=precision)), weights)
     assert made == [{"meta"}]  # no second model of random numbers
     assert found.dtype == torch.float32

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ldm.config import TrainSettings
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import make_tokenizer
+from ldm.training.checks import schedule_of
 from ldm.training.engine import World
 from ldm.training.loader import Batch, TrainData
-from ldm.training.train import make_loader, schedule_of
+from ldm.training.step import make_loader
 from tests.benchmarks.unet_step import make_theirs
 from tests.ldm.training import processes
 from tests.ldm.training.test_train import work

@@ -1,0 +1,44 @@
+"""Refuses settings that training could not follow, before anything is loaded."""
+
+from __future__ import annotations
+
+from ldm import generate
+from ldm.config import DiffusionConfig, TrainSettings
+from ldm.diffusion import objective
+from ldm.diffusion.schedule import Schedule, make_schedule
+from ldm.training import lr
+from ldm.training.going_on import ACCEPTABLE, is_range
+from ldm.training.grid import grid_config
+
+
+def check(settings: TrainSettings) -> None:
+    """Refuses settings that cannot be followed, before anything is loaded."""
+    training = settings.training
+    if unknown := sorted(set(training.accept or ()) - set(ACCEPTABLE)):
+        raise ValueError(f"training.accept has {unknown}; a run that goes on may change: {', '.join(ACCEPTABLE)}")
+    if training.skip_samples is not None and not is_range(training.skip_samples):
+        raise ValueError(f"training.skip_samples is {training.skip_samples}; it is [a, b] with 0 <= a < b, or null")
+    lr.check(training.lr_schedule, training.warmup_steps, training.max_steps, training.lr_end)
+    schedule = schedule_of(settings.diffusion)
+    objective.check_prediction_type(settings.diffusion.prediction, schedule)
+    generate.check(grid_config(training), schedule, settings.diffusion.prediction)
+    if training.ema_of not in ("unet", "all"):
+        raise ValueError(f"training.ema_of is {training.ema_of!r}; there are: unet, all")
+    text = settings.text_encoder
+    if text is not None and text.kind == "clip" and text.canvas is not None:
+        raise ValueError(
+            f"text_encoder.canvas is {text.canvas}; a text encoder of kind 'clip' is frozen and cannot learn to draw "
+            f"on one: set it to null"
+        )
+    if training.held_out_shards and training.validation_samples % training.batch_size:
+        raise ValueError(
+            f"training.validation_samples is {training.validation_samples}; it must be a multiple of "
+            f"training.batch_size, {training.batch_size}, so that every process has an equal share"
+        )
+
+
+def schedule_of(diffusion: DiffusionConfig) -> Schedule:
+    """The noise schedule of a configuration."""
+    return make_schedule(
+        diffusion.schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end, diffusion.zero_terminal_snr
+    )
