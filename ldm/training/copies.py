@@ -25,7 +25,7 @@ from ldm import storage
 from ldm.config import TrainingRunConfig
 from ldm.crash import crash_point
 from ldm.storage import is_remote
-from ldm.training import checkpoint
+from ldm.training import checkpoint, keeping, sealing
 from ldm.training.checkpoint import Checkpoint, NotWhole, Tell
 from ldm.training.together import by_first, each, rank, world_size
 
@@ -180,7 +180,7 @@ def place_of(run: TrainingRunConfig, home: Path) -> Any | None:
 def _staying(copies: dict[str, Copy], run: TrainingRunConfig) -> set[str]:
     """Which of them stay by the rules of a run."""
     losses = {checkpoint.step_of(name): copy.validation_loss for name, copy in copies.items()}
-    steps = checkpoint.staying(losses, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
+    steps = keeping.staying(losses, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
     return {checkpoint.step_name(step) for step in steps}
 
 
@@ -309,7 +309,7 @@ def _fetch_share(source: Any, sha256: bytes, folder: Path) -> list[str]:
         except FileNotFoundError:
             found.append(f"{name} is missing")
         else:
-            if checkpoint.seal(folder / name) != known:
+            if sealing.seal(folder / name) != known:
                 found.append(f"{name} does not have the sha256 of its manifest")
     return found
 
@@ -318,7 +318,7 @@ def _take(home: Path, name: str, sha256: bytes, lost: NotWhole | None, tell: Tel
     """What was fetched becomes a checkpoint of this disk, in place of those that are not whole."""
     if lost is not None:
         checkpoint.refuse(home, lost.refused, tell)
-    checkpoint.adopt(_fetched(home, name), home / name, sha256.decode())
+    sealing.adopt(_fetched(home, name), home / name, sha256.decode())
     log.info("%s was fetched", home / name)
 
 
@@ -363,7 +363,7 @@ def _place(part: Path, target: Path) -> None:
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, target)
-    checkpoint.sync_folder(target.parent)
+    sealing.sync_folder(target.parent)
 
 
 def _get(source: Any, target: Path) -> None:

@@ -64,7 +64,7 @@ def accepted_changes(
         line
         for part in ("settings", "data", "frozen")
         if part in last.config  # no hash of the frozen part was kept before it left the engine
-        for line in checkpoint.differences(last.config[part], config[part])
+        for line in differences(last.config[part], config[part])
         if not line.startswith(free)
     ]
     refused = [line for line in found if line.partition(":")[0] not in (training.accept or ())]
@@ -82,6 +82,14 @@ def accepted_changes(
             "caches: the order of samples depends on it, and some would be seen twice and others never"
         )
     return found
+
+
+def differences(there: Any, now: Any, path: str = "") -> list[str]:
+    """Where two settings differ, by dotted key, with both values."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        keys = sorted({*there, *now})
+        return [d for key in keys for d in differences(there.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if there == now else [f"{path}: {there!r} in the checkpoint, {now!r} now"]
 
 
 def rate_change(

@@ -23,7 +23,7 @@ from ldm.models.attention import AttentionBlock, SpatialTransformer
 from ldm.models.blocks import ResBlock, checkpoint_activations
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import make_tokenizer
-from ldm.training import checkpoint, copies, lr
+from ldm.training import checkpoint, copies, keeping, lr
 from ldm.training.bad_batches import TooManyBadBatches, non_finite, refusable, refusal
 from ldm.training.budget import costs_of
 from ldm.training.checks import check, schedule_of
@@ -34,6 +34,7 @@ from ldm.training.going_on import accepted_changes, after_skipped, check_skipped
 from ldm.training.grid import Decode, sample_grid
 from ldm.training.loader import TrainData, allow_open_files, hold_out
 from ldm.training.meter import Meter
+from ldm.training.saving import Saving
 from ldm.training.step import loss_of, make_loader, null_context, seed_dropout
 from ldm.training.validation import validation_loss
 from ldm.training.watchdog import Watchdog
@@ -101,7 +102,7 @@ def train(
     # Where the last run got to.
     config = run_config(settings, data, frozen)
     if first:
-        checkpoint.sweep(output)
+        keeping.sweep(output)
     dist.barrier()
     step = saved = samples_seen = skipped = 0
     history: list[dict[str, Any]] = []  # where the run went another way than its settings alone would say
@@ -124,7 +125,7 @@ def train(
         flop = costs.step_flop() - (costs.frozen_flop if data.context_shape else 0)
     meter = Meter(world, flop and flop / (peak_flops * world.world_size))
     shown, stopping, validated = step, False, None
-    saving: checkpoint.Saving | None = None  # what is being written while training goes on
+    saving: Saving | None = None  # what is being written while training goes on
     written = False  # by all processes
 
     with (
@@ -154,7 +155,7 @@ def train(
                 saving = None
             if due_save:
                 weights = engine.gather(ema.stretches)
-                saving = checkpoint.Saving(
+                saving = Saving(
                     output,
                     step,
                     stretches=engine.states(),
@@ -243,7 +244,7 @@ def due(step: int, every: int | None, shown: int, done: bool) -> bool:
 
 
 def settle(
-    saving: checkpoint.Saving,
+    saving: Saving,
     output: Path,
     run: TrainingRunConfig,
     tell: checkpoint.Tell | None,
@@ -254,5 +255,5 @@ def settle(
     kept = saving.commit()
     if dist.get_rank() == 0:
         rules = (run.keep_checkpoints, run.keep_every_steps, run.keep_best)
-        log_checkpoint(kept, checkpoint.retain(output, *rules, tell, but=copier.under_way))
+        log_checkpoint(kept, keeping.retain(output, *rules, tell, but=copier.under_way))
         copier.look()

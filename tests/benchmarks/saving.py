@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.training.checkpoint import KINDS, Saving, Stretch
+from ldm.training.checkpoint import KINDS, Stretch
+from ldm.training.saving import Saving
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from ldm.config import TrainingConfig
 from ldm.training import copies
-from ldm.training.checkpoint import Stretch, newest, save, step_name
+from ldm.training.checkpoint import Stretch, newest, step_name
+from ldm.training.saving import save
 from pipelines.config import compose
 from pipelines.dag import Dag
 from pipelines.journal import Journal, journal_path, read_images, read_metrics

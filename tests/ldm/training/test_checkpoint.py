@@ -17,8 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.training import checkpoint, together
-from ldm.training.checkpoint import KINDS, DiskFull, Saving, Stretch, newest, problems, retain, save, step_name, sweep
+from ldm.training import checkpoint, saving, together
+from ldm.training.checkpoint import KINDS, Stretch, newest, problems, step_name
+from ldm.training.going_on import differences
+from ldm.training.keeping import retain, sweep
+from ldm.training.saving import DiskFull, Saving, save
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import SEED
 
@@ -117,17 +120,17 @@ def test_what_is_written_in_the_background_is_what_was_held_at_the_beginning(
         assert go_on.wait(60)
         save_file(tensors, path, *rest)
 
-    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    monkeypatch.setattr(saving, "save_file", slowly)
     held = stretches(20)
-    saving = Saving(tmp_path, 20, stretches=held, ema=weights(20)["weight"], config={"model": "tiny"},
+    under_way = Saving(tmp_path, 20, stretches=held, ema=weights(20)["weight"], config={"model": "tiny"},
                     facts={"samples_seen": 160})  # fmt: skip
     for stretch in held:  # the next steps of training
         for x in stretch.tensors.values():
             x.zero_()
-    assert not saving.is_written()
+    assert not under_way.is_written()
     check_whole(newest(tmp_path), 10)
     go_on.set()
-    assert saving.commit() == tmp_path / step_name(20) and saving.is_written()
+    assert under_way.commit() == tmp_path / step_name(20) and under_way.is_written()
     check_whole(newest(tmp_path), 20)
 
 
@@ -241,7 +244,7 @@ def test_without_hashes_a_flipped_byte_would_be_loaded(tmp_path: Path, monkeypat
     put(tmp_path, 10, 20)
     flip(tmp_path / step_name(20) / RANK_FILE)
     known = json.loads((tmp_path / step_name(20) / "manifest.json").read_text())["files"]
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: known[path.name]["sha256"])
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda path: known[path.name]["sha256"])
     found = newest(tmp_path)
     assert found is not None and found.step == 20
     with pytest.raises(AssertionError):
@@ -372,7 +375,7 @@ def test_of_twenty_the_last_three_and_the_best_stay(tmp_path: Path) -> None:
 def test_differences_are_named_with_both_values() -> None:
     there: dict[str, Any] = {"unet": {"model_channels": 64, "mult": [1, 2]}, "seed": 0}
     now: dict[str, Any] = {"unet": {"model_channels": 32, "mult": [1, 2]}, "seed": 0, "new": 1}
-    assert checkpoint.differences(there, now) == [
+    assert differences(there, now) == [
         "new: None in the checkpoint, 1 now",
         "unet.model_channels: 64 in the checkpoint, 32 now",
     ]

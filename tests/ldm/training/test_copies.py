@@ -15,9 +15,11 @@ import pytest
 
 from ldm.storage import StorageError, place
 from ldm.training import copies
-from ldm.training.checkpoint import NotWhole, retain, save, step_name
+from ldm.training.checkpoint import NotWhole, step_name
 from ldm.training.copies import Copier, committed, disown
+from ldm.training.keeping import retain
 from ldm.training.loader import TrainData
+from ldm.training.saving import save
 from tests.ldm.training import processes
 from tests.ldm.training.test_checkpoint import DAMAGES, check_whole, files, put, stretches, weights
 from tests.ldm.training.test_train import weights_of, work
