@@ -35,7 +35,7 @@ from torch import Tensor
 from ldm.aside import set_aside
 from ldm.storage import sha256_file
 from ldm.training.sealing import mark
-from ldm.training.together import from_first, gather, rank, world_size
+from ldm.training.together import by_first, each, rank, world_size
 
 FORMAT = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -108,6 +108,12 @@ class Checkpoint:
         """One averaged weight, whole."""
         return self._file("ema.safetensors").get_tensor(name)
 
+    def close(self) -> None:
+        """Lets go of its files: what a process still has open takes its room on the disk after it was removed."""
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+        self._files.clear()
+
     def _stretches(self) -> dict[str, list[tuple[str, int, int]]]:
         if not self._where:
             for file in self.manifest["files"]:
@@ -132,23 +138,24 @@ def newest(home: Path, finish: bool = False, tell: Tell | None = None) -> Checkp
     taken, and with `finish` its marker written. Raises NotWhole when there are checkpoints and none is whole: a run
     never starts again from zero unasked.
     """
-    candidates = [Path(path) for path in from_first([str(path) for path in steps(home)])]
+    candidates = by_first(lambda: steps(home))
     refused: dict[Path, list[str]] = {}
     for path in candidates:
         found = _problems_of_all(path)
         if not found:
-            if finish and rank() == 0:
-                refuse(home, refused, tell)
-            return opened(path)
+            if finish:
+                by_first(lambda: refuse(home, refused, tell))
+            return by_first(lambda path=path: opened(path))
         log.warning("%s is not taken: %s", path, "; ".join(found))
         refused[path] = found
     for path, reasons in refused.items():
         if reasons == [NOT_COMMITTED] and not _problems_of_all(path, marker=False):
             log.warning("%s lacks COMMITTED, but every file of it verifies and nothing else is left: it is taken", path)
-            if finish and rank() == 0:
-                mark(path, sha256_file(path / "manifest.json"))
-                refuse(home, {other: reasons for other, reasons in refused.items() if other != path}, tell)
-            return opened(path)
+            if finish:
+                others = {other: reasons for other, reasons in refused.items() if other != path}
+                by_first(lambda path=path: mark(path, sha256_file(path / "manifest.json")))
+                by_first(lambda others=others: refuse(home, others, tell))
+            return by_first(lambda path=path: opened(path))
     if refused:
         found = "\n".join(f"  {path.name}: {'; '.join(reasons)}" for path, reasons in refused.items())
         error = NotWhole(
@@ -208,7 +215,7 @@ def opened(path: Path) -> Checkpoint:
 
 
 def _problems_of_all(path: Path, marker: bool = True) -> list[str]:
-    shares = gather(problems(path, rank(), world_size(), marker))
+    shares = each(lambda: problems(path, rank(), world_size(), marker))
     return sorted({problem for share in shares for problem in share})
 
 

@@ -41,7 +41,7 @@ class Copy:
     """What decides whether a checkpoint is copied, and whether the copy stays."""
 
     sha256: str  # of its manifest, which COMMITTED holds
-    validation_loss: float | None
+    measured: keeping.Measured | None
 
 
 # ---- copying -----------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def place_of(run: TrainingRunConfig, home: Path) -> Any | None:
 
 def _staying(copies: dict[str, Copy], run: TrainingRunConfig) -> set[str]:
     """Which of them stay by the rules of a run."""
-    losses = {checkpoint.step_of(name): copy.validation_loss for name, copy in copies.items()}
+    losses = {checkpoint.step_of(name): copy.measured for name, copy in copies.items()}
     steps = keeping.staying(losses, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
     return {checkpoint.step_name(step) for step in steps}
 
@@ -195,7 +195,7 @@ def _local(path: Path) -> Copy | None:
 def _copy_of(sha256: bytes, manifest: bytes) -> Copy | None:
     if hashlib.sha256(manifest).hexdigest().encode() != sha256:
         return None
-    return Copy(sha256.decode(), json.loads(manifest).get("validation_loss"))
+    return Copy(sha256.decode(), keeping.measured(json.loads(manifest)))
 
 
 def _copies_at(place: Any) -> dict[str, Copy]:

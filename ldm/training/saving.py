@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ class Saving:
         self._final = home / step_name(step)
         attempt = from_first(uuid.uuid4().hex)
         self._temporary = home / f"{self._final.name}.tmp-{attempt}"
-        self._facts = {"step": step, **facts}
+        self._facts = as_json({"step": step, **facts})
         _together(lambda: self._temporary.mkdir(parents=True) if rank() == 0 else None, self._final)
         crash_point("checkpoint_begin")
         held: dict[str, Tensor] = {}
@@ -82,6 +83,15 @@ class Saving:
 def save(home: Path, step: int, **held: Any) -> Path:
     """A checkpoint that is waited for."""
     return Saving(home, step, **held).commit()
+
+
+def as_json(value: Any) -> Any:
+    """A copy as JSON will hold it: what changes later changes nothing of it, and numbers that are none are null."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _copied(stretches: list[Stretch], room: Callable[[int], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -131,8 +141,8 @@ def _together(work: Callable[[], Result], final: Path) -> list[Result]:
     result, error, full = None, "", False
     try:
         result = work()
-    except (OSError, SafetensorError) as raised:
-        error, full = f"process {rank()}: {raised}", _is_full(raised)
+    except Exception as raised:  # whatever it is, the others would wait for this process
+        error, full = f"process {rank()}: {type(raised).__name__}: {raised}", _is_full(raised)
     outcomes = gather((result, error, full))
     if errors := [error for _, error, _ in outcomes if error]:
         if rank() == 0:
@@ -140,13 +150,13 @@ def _together(work: Callable[[], Result], final: Path) -> list[Result]:
                 shutil.rmtree(path, ignore_errors=True)
         raise (DiskFull if any(full for _, _, full in outcomes) else RuntimeError)(
             f"{final} could not be written ({'; '.join(errors)}); older checkpoints stay as they are. "
-            f"Make room or mend the disk, and the same command goes on from the newest of them"
+            f"Once there is room, or what else was wrong is mended, the same command goes on from the newest of them"
         )
     return [result for result, _, _ in outcomes]  # type: ignore[misc]
 
 
-def _is_full(error: OSError | SafetensorError) -> bool:
+def _is_full(error: Exception) -> bool:
     """Whether there was no room; safetensors says the system's number in words alone."""
-    said = re.search(r"os error (\d+)", str(error))
+    said = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(said[1]) if said else getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,17 +33,27 @@ def from_first(value: Result) -> Result:
 
 
 def each(work: Callable[[], Result]) -> list[Result]:
-    """What every process makes of it, on every one of them; where one meets an OSError, all of them raise it."""
-    result, error = None, None
+    """What every process makes of it, on every one of them; where one meets an error, all of them raise it."""
+    result, own = None, None
     try:
         result = work()
-    except OSError as raised:
-        error = raised
-    outcomes = gather((result, error))
+    except Exception as raised:  # whatever it is, the others would wait for this process
+        own = raised
+    outcomes = gather((result, None if own is None else _portable(own)))
+    if own is not None:
+        raise own
     for _, error in outcomes:
         if error is not None:
             raise error
     return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as others can be sent it: some kinds cannot be made again from what they were made of."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def by_first(work: Callable[[], Result]) -> Result:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import resource
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.training import checkpoint, saving, together
-from ldm.training.checkpoint import KINDS, Stretch, newest, problems, step_name
+from ldm.storage import StorageError
+from ldm.training import checkpoint, keeping, saving, together
+from ldm.training.checkpoint import KINDS, Stretch, newest, problems, step_name, steps
 from ldm.training.going_on import differences
-from ldm.training.keeping import retain, sweep
+from ldm.training.keeping import PINNED, retain, staying, sweep
 from ldm.training.saving import DiskFull, Saving, save
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import SEED
@@ -132,6 +136,52 @@ def test_what_is_written_in_the_background_is_what_was_held_at_the_beginning(
     go_on.set()
     assert under_way.commit() == tmp_path / step_name(20) and under_way.is_written()
     check_whole(newest(tmp_path), 20)
+
+
+def test_its_manifest_says_what_was_so_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that are left out while it is written belong to the next checkpoint: this is what is asked later."""
+    for guard in (True, False):
+        if not guard:  # the twin: facts as the caller goes on changing them
+            monkeypatch.setattr(saving, "as_json", lambda value: value)
+        history: list[dict[str, Any]] = [{"step": 3, "skipped_samples": [24, 37]}]
+        facts = {"history": history, "validation_loss": float("nan") if guard else 0.5, "other": (1.5, float("inf"))}
+        home = tmp_path / str(guard)
+        under_way = Saving(home, 20, stretches=stretches(20), ema={}, config={}, facts=facts)
+        history.append({"step": 20, "skipped_samples": [160, 320]})
+        history[0]["step"] = 4
+        under_way.commit()
+        found = newest(home)
+        assert found is not None
+        entries = found.manifest["history"]
+        print(f"history of the checkpoint, snapshot {guard}: {entries}")
+        assert (entries == [{"step": 3, "skipped_samples": [24, 37]}]) == guard
+        if guard:  # no number that JSON does not know
+            assert found.manifest["validation_loss"] is None and found.manifest["other"] == [1.5, None]
+
+
+def mapped(folder: Path) -> list[str]:
+    """The files below a folder that this process has in its memory, removed ones too."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split(maxsplit=5)[5] for line in lines if str(folder) in line]
+
+
+def test_a_checkpoint_that_was_read_takes_no_room_once_it_is_removed(tmp_path: Path) -> None:
+    for closes in (True, False):
+        home = tmp_path / str(closes)
+        put(home, 10)
+        found = newest(home)
+        assert found is not None
+        check_whole(found, 10)
+        assert mapped(home), "reading maps its files"
+        if closes:
+            found.close()
+        put(home, 20, 30)
+        assert not (home / step_name(10)).exists()
+        held = mapped(home)
+        print(f"files of a removed checkpoint still held, closed {closes}: {len(held)}")
+        assert (held == []) == closes  # the twin holds what nobody can see any more
+        if closes:
+            check_whole(newest(home), 30)
 
 
 def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
@@ -353,6 +403,57 @@ def test_a_full_disk_stops_the_save_and_keeps_what_was_there(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == [step_name(10)]
 
 
+def put_without_memory(home: Path, step: int, kind: type[Exception], where: str) -> tuple[str, float]:
+    """A save in which the last process has no room for its copies, or for what it writes; and how long it took."""
+    began = time.monotonic()
+
+    def short(*_: Any, **__: Any) -> Any:
+        raise kind("cannot allocate memory: you tried to allocate 23 GB")
+
+    if together.rank() == together.world_size() - 1:
+        setattr(saving, where, short)
+    try:
+        put(home, step)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - began
+    return "saved", 0.0
+
+
+@pytest.mark.parametrize(("where", "kind"), [("_copied", RuntimeError), ("save_file", MemoryError)])
+def test_whatever_one_process_meets_in_a_save_all_hear_of_it(tmp_path: Path, where: str, kind: type[Exception]) -> None:
+    put(tmp_path, 10)
+    (said, seconds), (also, _) = processes.run(put_without_memory, tmp_path, 20, kind, where, world_size=2)
+    print(f"all processes heard of it after {seconds:.2f} s: {said}")
+    assert said == also and f"process 1: {kind.__name__}: cannot allocate memory" in said
+    check_whole(newest(tmp_path), 10)
+    assert [path.name for path in tmp_path.iterdir()] == [step_name(10)]
+
+
+def meet(step: int) -> list[str]:
+    """Errors of one process, of kinds that can and cannot be sent as they are; what each process raises."""
+
+    class Own(ValueError):
+        pass
+
+    said = []
+    for error in (KeyError("a"), DiskFull("full"), Own("local"), StorageError("away")):
+        def work(error: Exception = error) -> None:
+            if together.rank() == step:
+                raise error
+
+        try:
+            together.each(work)
+        except Exception as raised:
+            said.append(f"{type(raised).__name__}: {raised}")
+    return said
+
+
+def test_errors_of_any_kind_are_errors_of_all() -> None:
+    mine, others = processes.run(meet, 0, world_size=2)
+    assert mine == ["KeyError: 'a'", "DiskFull: full", "Own: local", "StorageError: away"]
+    assert others == ["KeyError: 'a'", "DiskFull: full", "RuntimeError: Own: local", "StorageError: away"]
+
+
 def test_the_last_few_and_the_milestones_stay(tmp_path: Path) -> None:
     for step in range(1, 21):
         save(tmp_path, step, stretches=stretches(step), ema={}, config={}, facts={})
@@ -360,16 +461,58 @@ def test_the_last_few_and_the_milestones_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(step) for step in (8, 16, 18, 19, 20)]
 
 
+def of_twenty(home: Path, losses: dict[int, float | None], best: bool, pin: int | None = None) -> list[int]:
+    """The steps that are left of twenty saves, keeping three; one of them is pinned as soon as it is there."""
+    for step, loss in losses.items():
+        save(home, step, stretches=stretches(step), ema={}, config={}, facts={"validation_loss": loss})
+        if step == pin:
+            (home / step_name(step) / PINNED).touch()
+        retain(home, 3, None, best)
+    left = sorted(int(path.name.removeprefix("step-")) for path in home.iterdir())
+    print(f"T6: 20 saves, keep 3{' + best' if best else ''}{f' + step {pin} pinned' if pin else ''}: "
+          f"{len(left)} folders, steps {left}")  # fmt: skip
+    return left
+
+
 def test_of_twenty_the_last_three_and_the_best_stay(tmp_path: Path) -> None:
-    """Validated at every second step; step 6 is the best, step 20, which also stays, the second best."""
+    """T6. Validated at every second step; step 6 is the best, step 20, which also stays, the second best."""
     losses = {step: None if step % 2 else {6: 0.1, 20: 0.2}.get(step, 1 / step + 0.5) for step in range(1, 21)}
-    for best in (True, False):
-        home = tmp_path / str(best)
-        for step, loss in losses.items():
-            save(home, step, stretches=stretches(step), ema={}, config={}, facts={"validation_loss": loss})
-            retain(home, 3, None, best)
-        kept = [18, 19, 20]
-        assert sorted(path.name for path in home.iterdir()) == [step_name(n) for n in ([6] if best else []) + kept]
+    assert of_twenty(tmp_path / "best", losses, best=True) == [6, 18, 19, 20]
+    assert of_twenty(tmp_path / "pinned", losses, best=True, pin=3) == [3, 6, 18, 19, 20]
+    # The twin: nobody asks for the best, and it is gone.
+    assert of_twenty(tmp_path / "last", losses, best=False) == [18, 19, 20]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a checkpoint from before such losses were left out of manifests."""
+    losses = {step: {6: 0.1, 8: math.nan, 12: -math.inf}.get(step, 0.5) for step in range(1, 21)}
+    assert of_twenty(tmp_path / "new", losses, best=True) == [6, 18, 19, 20]
+    monkeypatch.setattr(saving, "as_json", lambda value: value)
+    assert of_twenty(tmp_path / "old", losses, best=True) == [6, 18, 19, 20]
+    # The twin: taken as they are, the one that is no number drives out the best.
+    monkeypatch.setattr(keeping, "measured", lambda manifest: (None, manifest["validation_loss"]))
+    assert 6 not in of_twenty(tmp_path / "twin", losses, best=True)
+
+
+def test_losses_over_other_samples_are_not_compared() -> None:
+    """Three held-out batches are measured at first, then thirty, which are harder."""
+    losses = {10: (3, 0.1), 20: (3, 0.2), 30: (30, 0.7), 40: (30, 0.6), 50: None, 60: (30, 0.8), 70: None}
+    assert staying(losses, 1, None, best=True) == {40, 70}
+    assert staying({step: x and (None, x[1]) for step, x in losses.items()}, 1, None, best=True) == {10, 70}
+
+
+def test_what_cannot_be_removed_yet_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared file system a file that another machine has open lets no folder go."""
+    def held(folder: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    put(tmp_path, 10, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", held)
+        put(tmp_path, 30)
+        assert len(sweep(tmp_path)) == 1
+    assert [path.name for path in steps(tmp_path)] == [step_name(30), step_name(20)]
+    assert len(sweep(tmp_path)) == 1 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_differences_are_named_with_both_values() -> None:
