@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines.settings import Resources
-
 if TYPE_CHECKING:
     import torch
 
 
-def device_of(resources: Resources, stage: str) -> torch.device:
+def device_of(num_gpus: float, stage: str) -> torch.device:
     """A GPU for a worker that was given a share of one, else the processor. Raises RuntimeError where there is none.
 
     Ray shows a worker the GPUs that it was given, so that the first one is its own; workers that were given none see
@@ -18,11 +16,11 @@ def device_of(resources: Resources, stage: str) -> torch.device:
     """
     import torch
 
-    if not resources.num_gpus:
+    if not num_gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RuntimeError(
-            f"cluster.{stage}.num_gpus is {resources.num_gpus:g}, but torch {torch.__version__} sees no GPU on this "
+            f"cluster.{stage}.num_gpus is {num_gpus:g}, but torch {torch.__version__} sees no GPU on this "
             f"node; cluster.{stage}.num_gpus=0 computes on processors"
         )
     return torch.device("cuda")

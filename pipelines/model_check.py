@@ -6,10 +6,11 @@ A wrong channel count would otherwise be found when training begins: after the d
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ldm import generate
 from ldm.config import TrainSettings
-from ldm.models.denoiser import make_denoiser
+from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.training import checks
 from ldm.training.engine import World, check_kept, deepspeed_config
@@ -32,7 +33,7 @@ def check_model(config: Config) -> None:
 
 
 def _try_shapes(config: Config) -> None:
-    """One step forward without numbers: latents of the autoencoder through text encoder and U-Net."""
+    """One step without numbers: latents of the autoencoder through text encoder and U-Net, and back again."""
     network = config.autoencoder.network
     side, channels = config.dataset.precompute_latents.resolution // network.factor, network.latent_channels
     if config.unet.out_channels != channels:
@@ -43,4 +44,15 @@ def _try_shapes(config: Config) -> None:
     with torch.device("meta"):
         denoiser = make_denoiser(config.unet, config.text_encoder)
         z_t, t = torch.empty(1, channels, side, side), torch.empty(1)
-    denoiser(z_t, t, condition)
+    check_all_are_trained(denoiser, denoiser(z_t, t, condition))
+
+
+def check_all_are_trained(denoiser: Denoiser, prediction: Tensor) -> None:
+    """Raises ValueError where a parameter has no part in a prediction, whose optimizer would only let it decay."""
+    trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(prediction.sum(), trained.values(), allow_unused=True)
+    if idle := [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+        raise ValueError(
+            f"{len(idle)} trained parameters never get a gradient, {idle[0]} first: the optimizer would only let them "
+            f"decay; freeze them or take them out of the model"
+        )

@@ -64,7 +64,7 @@ def train_here(dag: Dag) -> None:
     from pipelines.stages import train
 
     job = dag.statuses["train"].job
-    first = join().rank == 0
+    first = join(cuda=job.how.cluster.train.num_gpus > 0).rank == 0
     with ExitStack() as stack:
         prepared = _from_the_first(lambda: _prepare(dag, stack), first)
         _ask_on_signals(job)

@@ -16,9 +16,11 @@ import ctypes
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -46,6 +48,14 @@ OWNED = {
     "zero_optimization.stage": "cluster.train.run.zero_stage",
 }
 
+# What else DeepSpeed may be told. It takes no notice of other words, so they are refused.
+PASSED_ON = (
+    "zero_optimization", "bf16", "fp16", "data_types", "aio", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "disable_python_gc",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class World:
@@ -56,9 +66,22 @@ class World:
     device: torch.device
 
 
-def join() -> World:
-    """Joins the process group that Ray Train or torchrun prepared; without either, this process is alone in one."""
-    cuda = torch.cuda.is_available()
+def join(cuda: bool | None = None) -> World:
+    """Joins the process group that Ray Train or torchrun prepared; without either, this process is alone in one.
+
+    A group that exists says by its backend whether processes compute on GPUs: who was given none may still see those of
+    others. Without a group it is `cuda`, or whether there is a GPU. Raises RuntimeError where one is wanted and none
+    is seen.
+    """
+    if dist.is_initialized():
+        cuda = dist.get_backend() == "nccl"
+    elif cuda is None:
+        cuda = torch.cuda.is_available()
+    if cuda and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"training is to compute on GPUs (cluster.train.num_gpus), but torch {torch.__version__} sees none on this "
+            f"node; cluster.train.num_gpus=0 computes on processors"
+        )
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "LOCAL_RANK"):  # DeepSpeed asks for them even in a group that exists
@@ -102,6 +125,13 @@ def _keep_freed_memory() -> None:
 
 def accumulation(batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro batches of each process in a step. Raises ValueError, naming what fits, where they do not come out even."""
+    counts = {
+        "training.batch_size": batch_size,
+        "cluster.train.run.micro_batch_size": micro_batch_size,
+        "cluster.train.workers": world_size,
+    }
+    if wrong := [f"{name} is {n}" for name, n in counts.items() if n < 1]:
+        raise ValueError(f"{', '.join(wrong)}; it is at least 1")
     if batch_size % world_size:
         low = batch_size // world_size * world_size
         sizes = divisors(batch_size)
@@ -132,6 +162,10 @@ def divisors(number: int) -> list[int]:
 
 def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: World) -> dict[str, Any]:
     """DeepSpeed's configuration: our settings, and the keys that the user passes through."""
+    if how.zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"cluster.train.run.zero_stage is {how.zero_stage}; there are: 0, 1, 2, 3")
+    if training.gradient_clipping is not None and training.gradient_clipping <= 0:
+        raise ValueError(f"training.gradient_clipping is {training.gradient_clipping}; it is above 0, or null for none")
     if training.precision not in PRECISIONS:
         raise ValueError(f"training.precision is {training.precision!r}; there are: {', '.join(PRECISIONS)}")
     if training.precision in WEIGHTS and how.zero_stage == 0:
@@ -169,7 +203,12 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
             "hysteresis": 1,
             "min_loss_scale": 1,
         },
-        "torch_autocast": {"enabled": training.precision == "bf16_autocast", "dtype": "bfloat16"},
+        # No module's gradients are rounded to bfloat16 on their way between processes.
+        "torch_autocast": {
+            "enabled": training.precision == "bf16_autocast",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
     }
     if training.precision == "bf16":
         # A number of bf16 has eight bits: in a sum of forty like it, it would keep three.
@@ -178,7 +217,30 @@ def deepspeed_config(training: TrainingConfig, how: TrainingRunConfig, world: Wo
             # Processes exchange the sums, once a step: these are not rounded for it, and no gradient stays in bf16 too.
             config["communication_data_type"] = "fp32"
             config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-    return _merged(config, how.deepspeed, "")
+    return _passed_on(config, how.deepspeed) if how.deepspeed else config
+
+
+def _passed_on(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our configuration with the user's keys in it. Raises ValueError where DeepSpeed would not take one."""
+    where = "cluster.train.run.deepspeed"
+    for key in theirs:
+        if key not in (*OWNED, *PASSED_ON):
+            close = get_close_matches(key, PASSED_ON, 1)
+            meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(PASSED_ON))}"
+            raise ValueError(f"{where}.{key} is nothing that is passed on to DeepSpeed{meant}")
+        if isinstance(ours.get(key), dict) and not isinstance(theirs[key], dict):
+            raise ValueError(f"{where}.{key} is {theirs[key]!r}; it is a section of keys and values")
+    merged = _merged(ours, theirs, "")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(merged)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        words = re.sub(r"\s*\[type=.*|\s*For further information.*", "", str(error))
+        raise ValueError(f"{where} is {theirs}, which DeepSpeed refuses: {words}") from error
+    return merged
 
 
 def check_kept(how: TrainingRunConfig) -> None:
@@ -248,6 +310,7 @@ class Engine:
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # `update` says what it means
         self._micro_steps = 0
+        self._check_layout()
 
     def __call__(self, z_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         condition = {name: x.to(self._dtype) if x.is_floating_point() else x for name, x in condition.items()}
@@ -298,6 +361,28 @@ class Engine:
         if self._scaler is not None and state is not None:
             for name in SCALER:
                 setattr(self._scaler, name, state[name])
+
+    def _check_layout(self) -> None:
+        """That the stretches are those of the weights that the model computes with, element for element.
+
+        Where DeepSpeed keeps them is its own affair, and keys that are passed on to it may change that.
+        """
+        wrong, kept = [], 0
+        for stretch in self.stretches():
+            p, held = self.parameters[stretch.name], stretch.tensors["weight"]
+            here = p.ds_tensor[: len(held)] if self.stage == 3 else p.flatten()[stretch.start :][: len(held)]
+            kept += len(held)
+            if not torch.equal(held.to(here.dtype).to(here.device), here.detach()):
+                wrong.append(stretch.name)
+        total = torch.tensor([kept, len(wrong)], device=self.world.device)
+        dist.all_reduce(total)
+        if total.tolist() != [sum(shape.numel() for shape in self.shapes.values()), 0]:
+            raise ValueError(
+                f"DeepSpeed holds its float32 weights in another order than is known here, so that neither averages "
+                f"nor checkpoints would be right: {int(total[0])} numbers were found, and of process "
+                f"{self.world.rank} differ: {', '.join(wrong[:3]) or 'none'}. A key of cluster.train.run.deepspeed "
+                f"does that: take those out that are not needed"
+            )
 
     # -- who holds what ------------------------------------------------------------------------------------------
     def stretches(self) -> list[Stretch]:

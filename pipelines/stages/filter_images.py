@@ -95,7 +95,7 @@ class Worker:
         if self.settings.clip is not None or self.settings.heads:
             from pipelines.selecting.scores import Scorer  # torch and open_clip: four seconds that only scores need
 
-            self.scorer = Scorer(self.settings, device_of(job.how.cluster.filter_images, "filter_images"))
+            self.scorer = Scorer(self.settings, device_of(job.how.cluster.filter_images.num_gpus, "filter_images"))
 
     def run_shard(self, shard: int) -> Record:
         """Judges the pictures of one shard and commits what was seen."""

@@ -24,6 +24,7 @@ from ldm.models.autoencoder import load_autoencoder
 from ldm.sheet import Tile, draw_sheet, to_picture
 from ldm.training.checkpoint import newest
 from pipelines.dag import Job
+from pipelines.devices import device_of
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, write_json, write_whole
 from pipelines.training_set import autoencoder_settings, input_digests, samples_of, trained_on
@@ -41,7 +42,7 @@ def run(job: Job) -> Record:
     """Draws every prompt and commits latents, pictures and grid."""
     settings: GenerationConfig = job.what["generation"]
     torch.set_num_threads(job.how.cluster.whole_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(job.how.cluster.whole.num_gpus, "whole")
     prompts = choose_prompts(settings, captions_of(job), weights_of(job))
     autoencoder = autoencoder_settings(job)
     checkpoint = newest(job.inputs["train"].path)

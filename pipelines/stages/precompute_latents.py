@@ -35,6 +35,7 @@ from ldm.encode_text import CaptionEncoder
 from ldm.images import decode_rgb, to_tensor
 from ldm.shards import CONTEXT, MIRRORED, ShardWriter, encode_array
 from pipelines.dag import Job, weights_path
+from pipelines.devices import device_of
 from pipelines.manifest import Record, shard_name
 from pipelines.settings import PrecomputeLatentsConfig
 from pipelines.stages.filter_images import pictures_of
@@ -90,7 +91,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.settings: PrecomputeLatentsConfig = job.what["dataset.precompute_latents"]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(job.how.cluster.precompute_latents.num_gpus, "precompute_latents")
         settings = self.settings
         self.encoder = Encoder(
             settings_of(job), self.device, batch_size=settings.batch_size, precision=settings.precision,

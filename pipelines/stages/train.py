@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.config import AutoencoderSettings
 from pipelines import cluster, rewind, stopping
 from pipelines.dag import Job, weights_path
+from pipelines.devices import device_of
 from pipelines.journal import Journal, journal_path
 from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file, write_whole
 from pipelines.selecting.decided import Prepared, decide
@@ -183,12 +184,10 @@ def decoder(job: Job) -> Any:
 
     The autoencoder is loaded for the first of them: most processes draw none.
     """
-    import torch
-
     from ldm.models.autoencoder import load_autoencoder
 
     settings = autoencoder_settings(job)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(job.how.cluster.train.num_gpus, "train")
     autoencoder = lru_cache(lambda: load_autoencoder(settings, device))
     return lambda z0: autoencoder().decode(z0.to(device) / settings.scale_factor).clamp(-1, 1)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm.training import checkpoint
-from ldm.training.engine import Engine, NonFiniteGradient, World, accumulation, deepspeed_config, join
+from ldm.training.engine import WEIGHTS, Engine, NonFiniteGradient, World, accumulation, deepspeed_config, join
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import RUN, SEED, TRAINING
 
@@ -106,6 +107,10 @@ def test_further_keys_reach_deepspeed_and_ours_cannot_be_contradicted() -> None:
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000 and config["zero_optimization"]["stage"] == 1
     assert config["comms_logger"] == {"enabled": False}
     for theirs, mend in (
+        ({"zero_optimisation": {}}, "zero_optimisation is nothing .*; did you mean zero_optimization?"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing is nothing that is passed on .*; there are: aio,"),
+        ({"zero_optimization": None}, "zero_optimization is None; it is a section of keys and values"),
+        ({"zero_optimization": {"reduce_bucket_sise": 1}}, "which DeepSpeed refuses: (?s:.*)reduce_bucket_sise"),
         ({"train_batch_size": 4}, "train_batch_size is decided by training.batch_size"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is decided by cluster.train.run.zero_stage"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is decided by training.precision"),
@@ -122,6 +127,58 @@ def test_precisions_that_do_not_exist_or_fit_are_refused() -> None:
         deepspeed_config(replace(TRAINING, precision="bf16"), run, ALONE)
 
 
+def test_numbers_that_mean_nothing_are_refused() -> None:
+    run = replace(RUN, micro_batch_size=8)
+    with pytest.raises(ValueError, match="zero_stage is 5; there are: 0, 1, 2, 3"):
+        deepspeed_config(TRAINING, replace(run, zero_stage=5), ALONE)
+    for clipping in (0.0, -1.0):
+        with pytest.raises(ValueError, match="gradient_clipping is -?[01].0; it is above 0, or null for none"):
+            deepspeed_config(replace(TRAINING, gradient_clipping=clipping), run, ALONE)
+    with pytest.raises(ValueError, match="training.batch_size is 0, cluster.train.workers is -1; it is at least 1"):
+        accumulation(0, 1, -1)
+    with pytest.raises(ValueError, match="cluster.train.run.micro_batch_size is 0; it is at least 1"):
+        accumulation(8, 0, 1)
+
+
+# ---- who computes where ------------------------------------------------------------------------------------
+def joined_beside_a_gpu() -> str:
+    torch.cuda.is_available = lambda: True  # as on a machine whose GPUs others were given
+    return join().device.type
+
+
+def joined_without_one() -> str:
+    dist.destroy_process_group()
+    torch.cuda.is_available = lambda: False
+    return join(cuda=True).device.type
+
+
+def test_the_group_says_where_its_processes_compute() -> None:
+    assert processes.run(joined_beside_a_gpu) == ["cpu"]
+
+
+def test_a_gpu_that_is_not_there_is_missed_by_name() -> None:
+    (error,) = processes.run(joined_without_one)
+    assert isinstance(error, RuntimeError)
+    assert "sees none on this node; cluster.train.num_gpus=0 computes on processors" in str(error)
+
+
+# ---- where DeepSpeed keeps the float32 weights -------------------------------------------------------------
+def laid_out(stage: int, check: bool) -> bool:
+    """Whether what checkpoints would hold is what the model computes with, under a key that changes the order."""
+    if not check:
+        Engine._check_layout = lambda engine: None
+    engine = make(join(), 4, zero_stage=stage, deepspeed={"zero_optimization": {"round_robin_gradients": True}})
+    whole = engine.gather(engine.stretches()) or {}
+    return all(torch.equal(x, engine.parameters[name].detach()) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_order_of_weights_that_is_not_known_here_is_refused(stage: int) -> None:
+    for error in processes.run(laid_out, stage, True, world_size=2):
+        assert isinstance(error, ValueError) and "weights in another order than is known here" in str(error)
+    assert processes.run(laid_out, stage, False, world_size=2)[0] is False
+
+
 # ---- many micro batches in bf16 ---------------------------------------------------------------------------
 MICRO_BATCHES = 40
 
@@ -130,15 +187,15 @@ def whole_batch() -> Tensor:
     return torch.randn(MICRO_BATCHES, 4, 6, 6, generator=torch.Generator().manual_seed(SEED))
 
 
-def micro_batch_loss(network: Any, z: Tensor) -> Tensor:
-    return (network(z.bfloat16(), torch.zeros(len(z), dtype=torch.int64), {}).float() - z.flip(1)).square().mean()
+def micro_batch_loss(network: Any, z: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (network(z.to(dtype), torch.zeros(len(z), dtype=torch.int64), {}).float() - z.flip(1)).square().mean()
 
 
-def summed(stage: int, deepspeed: dict[str, Any]) -> dict[str, Tensor]:
+def summed(stage: int, deepspeed: dict[str, Any], precision: str = "bf16") -> dict[str, Tensor]:
     """The gradient of one step of forty micro batches, from the first average that AdamW makes of it."""
     world = join()
     torch.manual_seed(SEED)
-    training = replace(TRAINING, batch_size=MICRO_BATCHES, precision="bf16", gradient_clipping=None)
+    training = replace(TRAINING, batch_size=MICRO_BATCHES, precision=precision, gradient_clipping=None)
     engine = Engine(Network(), training, replace(RUN, micro_batch_size=1, zero_stage=stage, deepspeed=deepspeed), world)
     for z in whole_batch()[world.rank :: world.world_size].split(1):
         engine.backward(micro_batch_loss(engine, z))
@@ -147,14 +204,17 @@ def summed(stage: int, deepspeed: dict[str, Any]) -> dict[str, Tensor]:
     return {name: x / (1 - TRAINING.beta1) for name, x in (whole or {}).items() if name != "idle"}
 
 
-def error_of(found: dict[str, Tensor]) -> float:
+def error_of(found: dict[str, Tensor], precision: str = "bf16") -> float:
     """Of a gradient, as a share of the one that plain PyTorch finds in the same micro batches and sums in float64."""
     torch.manual_seed(SEED)
-    network = Network().bfloat16()
+    dtype = WEIGHTS.get(precision, torch.float32)
+    network = Network().to(dtype)
     parameters = {name: p for name, p in network.named_parameters() if name != "idle"}
     expected = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in parameters.items()}
     for z in whole_batch().split(1):
-        micro_batch_loss(network, z).div(MICRO_BATCHES).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
+            loss = micro_batch_loss(network, z, dtype)
+        loss.div(MICRO_BATCHES).backward()
         for name, p in parameters.items():
             expected[name] += p.grad
         network.zero_grad()
@@ -170,6 +230,15 @@ def error_of(found: dict[str, Tensor]) -> float:
 def test_forty_micro_batches_in_bf16_are_summed_in_float32(stage: int, world_size: int, offload: str) -> None:
     deepspeed = {"zero_optimization": {"offload_optimizer": {"device": offload}}}
     assert error_of(processes.run(summed, stage, deepspeed, world_size=world_size)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [
+    1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))
+])  # fmt: skip
+def test_gradients_under_autocast_cross_the_wire_in_float32(stage: int) -> None:
+    whole = processes.run(summed, stage, {}, "bf16_autocast", world_size=2)[0]
+    rounded = {name: x for name, x in whole.items() if torch.equal(x.bfloat16().float(), x)}
+    assert error_of(whole, "bf16_autocast") < 1e-6 and not rounded
 
 
 def test_who_asks_for_sums_in_bf16_has_them() -> None:

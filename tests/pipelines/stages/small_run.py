@@ -85,6 +85,7 @@ def autoencoder(folder: Path) -> AutoencoderSettings:
 
 def make_job(run: Path, stage: str, what: Mapping[str, Any], inputs: Mapping[str, StageFolder]) -> Job:
     """The job of a stage that keeps one folder for each fingerprint."""
-    cluster: Any = SimpleNamespace(whole_threads=1)  # all that these stages ask of it
+    processor = SimpleNamespace(num_gpus=0)
+    cluster: Any = SimpleNamespace(whole_threads=1, whole=processor, train=processor)  # all that these stages ask of it
     how = How(cluster, tracking=None, connect=None, run=str(run))  # type: ignore[arg-type]
     return Job(stage, dict(what), "f" * 64, StageFolder(run / stage / "12345678", stage), dict(inputs), how)

@@ -29,7 +29,7 @@ from pipelines.dag import Dag, Job
 from pipelines.devices import device_of
 from pipelines.manifest import StageFolder
 from pipelines.run import check_scores
-from pipelines.settings import ClipScoreConfig, FilterImagesConfig, Resources, ScoreHeadConfig
+from pipelines.settings import ClipScoreConfig, FilterImagesConfig, ScoreHeadConfig
 from pipelines.stages import download, filter_images
 
 PLAIN = FilterImagesConfig(min_size=40, max_aspect=3.0, clip=None, heads={})
@@ -278,12 +278,11 @@ def test_without_its_files_the_preset_says_which_file_where_and_from_where(
 def test_a_worker_computes_where_its_cluster_put_it_and_not_on_what_it_sees(
     job: Job, clip: ClipScoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    share = Resources(num_cpus=1, num_gpus=0.5, in_flight=1)
     with pytest.raises(RuntimeError, match="filter_images.num_gpus is 0.5, but torch .* sees no GPU"):
-        device_of(share, "filter_images")
+        device_of(0.5, "filter_images")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device_of(share, "filter_images") == torch.device("cuda")
-    assert device_of(replace(share, num_gpus=0), "filter_images") == torch.device("cpu")
+    assert device_of(0.5, "filter_images") == torch.device("cuda")
+    assert device_of(0, "filter_images") == torch.device("cpu")
     worker = filter_images.Worker(with_settings(job, replace(PLAIN, clip=clip)))  # cluster=local gives it no GPU
     assert worker.scorer.device == torch.device("cpu")
 
