@@ -14,36 +14,25 @@ a sample. Batches that were left out because their loss was no number count as s
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ldm.config import AutoencoderSettings
-from ldm.shards import read_index
-from ldm.storage import is_remote, matching, place
 from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, build
 from pipelines.dag import Dag
-from pipelines.manifest import Record, StageFolder, edition_digests, read_json, read_record, sha256_file
-
-if TYPE_CHECKING:
-    from ldm.training.loader import TrainData
-    from ldm.training.mixture import MixedOrder
-    from ldm.training.order import Order
+from pipelines.manifest import Record, StageFolder, edition_digests, read_record, sha256_file
+from pipelines.selecting.known_checkpoints import Checkpoint, address_of, checkpoints_in, copies_of, order_key
+from pipelines.selecting.visits import NotKnown, Way
 
 SHOWN = 8  # names on a line
-CHECKPOINT = re.compile(r"step-\d+")
 NO_EDITION: dict[str, Any] = {"edition": 0, "shards": []}  # of what is not closed yet
-
-
-class NotKnown(Exception):
-    """The order in which a training saw its samples cannot be computed any more; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +45,6 @@ class Sample:
 
     def __str__(self) -> str:
         return f"{self.key}{self.of}"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint says of itself."""
-
-    path: Any  # on disk, or on an object store
-    training: Path  # the stage's folder that it lies in, or was copied from
-    seen: int
-    left_out: tuple[tuple[int, int], ...]  # positions that were skipped on purpose, [a, b)
-    settings: dict[str, Any]  # of training
-    data: dict[str, Any]  # edition and selection
-    weights: str | None  # sha256 of its ema.safetensors
 
 
 @dataclass
@@ -138,56 +114,6 @@ def _some(names: Iterable[Any]) -> str:
     return f": {', '.join(shown[:SHOWN])}{' ...' if len(shown) > SHOWN else ''}" if shown else ""
 
 
-# -- the order of one training ------------------------------------------------------------------------------------
-class Way:
-    """The order in which a training saw its samples."""
-
-    def __init__(self, trained: TrainData, held: TrainData | None, order: Order | MixedOrder) -> None:
-        self.trained, self.held, self.order = trained, held, order
-        self.tars = {True: _tars(trained), False: _tars(held) if held else {}}
-
-    def first_visits(
-        self, samples: dict[tuple[int, int], list[str]], left_out: tuple[tuple[int, int], ...]
-    ) -> dict[str, int]:
-        """Key -> the first position of each sample that was not left out, of those that are trained on.
-
-        Samples are given by (cache, shard).
-        """
-        found = {}
-        for shard, keys in samples.items():
-            for tar, key, among in self._places(self.trained, self.tars[True].get(shard, ()), keys):
-                visits = self.order.visits(tar, among)
-                found[key] = next(at for at in visits if not any(a <= at < b for a, b in left_out))
-        return found
-
-    def held_out(self, samples: dict[tuple[int, int], list[str]]) -> list[str]:
-        """The keys of those that are used, but held out."""
-        return [key for shard, keys in samples.items() if self.held is not None
-                for _, key, _ in self._places(self.held, self.tars[False].get(shard, ()), keys)]  # fmt: skip
-
-    def _places(self, data: TrainData, tars: Iterable[int], keys: list[str]) -> list[tuple[int, str, int]]:
-        """(tar, key, place among those in use) of the samples that are in use."""
-        found = []
-        for tar in tars:
-            info, bits = data.shards[tar], data.used[tar]
-            rows = {key: row for row, key in enumerate(read_index(info, data.node_cache)["key"].tolist())}
-            used = np.ones(info.samples, bool)
-            if bits is not None:
-                used = np.unpackbits(np.frombuffer(bits, np.uint8), count=info.samples).astype(bool)
-            among = np.cumsum(used) - 1
-            found += [(tar, key, int(among[row])) for key in keys
-                      if (row := rows.get(key.encode())) is not None and used[row]]  # fmt: skip
-        return found
-
-
-def _tars(data: TrainData) -> dict[tuple[int, int], list[int]]:
-    """(cache, shard) -> the numbers of its tars."""
-    found = defaultdict(list)
-    for i, info in enumerate(data.shards):
-        found[data.caches[i] if data.caches else 0, int(Path(info.tar).stem)].append(i)
-    return found
-
-
 # -- every training -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Latents:
@@ -212,7 +138,7 @@ class Search:
                           for digest in edition_digests(folder_of(dag, "download", run).manifest() or NO_EDITION)}
         outputs = dag.run_folder.parent
         found = [*checkpoints_in(outputs), *copies_of(dag.config.cluster.train.run.copy_to, outputs)]
-        self.checkpoints = {_address(checkpoint.path): checkpoint for checkpoint in found}
+        self.checkpoints = {address_of(checkpoint.path): checkpoint for checkpoint in found}
         self.by_weights = {checkpoint.weights: checkpoint for checkpoint in reversed(found) if checkpoint.weights}
         self.verdicts: dict[str, Verdict] = {}
         self._anywhere = lru_cache(self._find_anywhere)
@@ -244,7 +170,7 @@ class Search:
         if not own:
             return []
         try:
-            way = self._way(*_way_key(own[-1]))
+            way = self._way(*order_key(own[-1]))
         except NotKnown:
             return []
         return [f"{key}{of}" for cache, of in self._caches(own[-1].data["edition"])
@@ -260,7 +186,7 @@ class Search:
 
     # -- one checkpoint ------------------------------------------------------------------------------------------
     def verdict(self, checkpoint: Checkpoint) -> Verdict:
-        address = _address(checkpoint.path)
+        address = address_of(checkpoint.path)
         if address not in self.verdicts:
             self.verdicts[address] = Verdict()  # while it is being found out
             self.verdicts[address] = self._find_verdict(checkpoint) if self.samples else Verdict()
@@ -278,7 +204,7 @@ class Search:
             verdict.unsure.append(f"the latents {gone[0][:12]} that it was trained on are of no run in {outputs} now")
         try:
             asked = verdict.asked and checkpoint.seen and not gone
-            first = self._first(*_way_key(checkpoint), checkpoint.left_out) if asked else {}
+            first = self._first(*order_key(checkpoint), checkpoint.left_out) if asked else {}
             verdict.seen |= {name for name, position in first.items() if position < checkpoint.seen}
         except NotKnown as why:
             verdict.unsure.append(str(why))
@@ -290,7 +216,7 @@ class Search:
         start = checkpoint.settings.get("start_from")
         if start is None:
             return
-        parent = self.checkpoints.get(_address(Path(start).parent))
+        parent = self.checkpoints.get(address_of(Path(start).parent))
         if parent is None and Path(start).is_file():
             parent = self.by_weights.get(self._sha256(start))
             if parent is None:
@@ -361,46 +287,3 @@ class Search:
         if missing := [shard for shard in listed if shard not in committed]:
             raise NotKnown(f"{known.folder.path} has no record of shard {missing[0]} any more")
         return known.folder, {shard: committed[shard] for shard in listed}
-
-
-def checkpoints_in(outputs: Path) -> list[Checkpoint]:
-    """Those of every run of a folder of runs, with those that were set aside."""
-    return [read_checkpoint(path, train) for train in sorted(outputs.glob("*/train"))
-            for path in sorted([*train.glob("step-*"), *train.glob("aside/*/step-*")])
-            if CHECKPOINT.fullmatch(path.name) and path.is_dir()]  # fmt: skip
-
-
-def copies_of(copy_to: str | None, outputs: Path) -> list[Checkpoint]:
-    """Copies of the checkpoints of a folder of runs, at the place that cluster.train.run.copy_to names."""
-    if copy_to is None:
-        return []
-    pattern = "*/train/step-*/manifest.json"
-    if is_remote(copy_to):
-        found = [place(name) for name in matching(f"{copy_to.rstrip('/')}/{pattern}")]
-    else:
-        found = sorted(Path(copy_to).glob(pattern))
-    return [read_checkpoint(path.parent, outputs / path.parent.parent.parent.name / "train") for path in found]
-
-
-def _address(path: Any) -> str:
-    """What a checkpoint is known by, whichever way leads there."""
-    return str(path if is_remote(path) else path.resolve())
-
-
-def read_checkpoint(path: Any, training: Path) -> Checkpoint:
-    """A checkpoint's own account; one that cannot be read has no data, and is suspected of everything."""
-    try:
-        manifest, config = read_json(path / "manifest.json"), read_json(path / "config.json")
-        skipped = (entry["skipped_samples"] for entry in manifest.get("history", []) if "skipped_samples" in entry)
-        weights = manifest.get("files", {}).get("ema.safetensors", {}).get("sha256")
-        return Checkpoint(path, training, manifest["samples_seen"], tuple((a, b) for a, b in skipped),
-                          config["settings"]["training"], config["data"], weights)  # fmt: skip
-    except (FileNotFoundError, ValueError, KeyError):
-        return Checkpoint(path, training, 0, (), {}, {}, None)
-
-
-def _way_key(checkpoint: Checkpoint) -> tuple[Path, str, str, tuple[int, ...]]:
-    """All that the order of a checkpoint's training depends on."""
-    names = ("held_out_shards", "seed", "lanes", "window_shards", "batch_size")
-    settings = tuple(checkpoint.settings[name] for name in names)
-    return checkpoint.training, checkpoint.data["edition"], checkpoint.data["selection"], settings
