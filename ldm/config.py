@@ -269,12 +269,14 @@ class TrainingRunConfig:
     activation_checkpointing: bool  # blocks are computed again for the backward pass, for memory
     compile: bool  # torch.compile: minutes at the start, quicker steps after
     checkpoint_every_steps: int
+    checkpoint_every_seconds: float | None  # also where the last one was begun so long ago; null: by steps alone
     keep_checkpoints: int  # newest ones that stay
     keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none
     keep_best: bool  # the checkpoint with the lowest validation loss stays too
     copy_to: str | None  # folder or s3://bucket/prefix to which each checkpoint is copied as well, in the background,
     # below <name>/train; a training that finds none on its disk goes on from there. null: none
-    hang_seconds: float | None  # a step, save or grid that takes longer ends the process, with stacks; null: never
+    hang_seconds: float | None  # a step, save or grid that takes longer ends the process, with stacks; a part of its
+    # start half an hour at least. null: never
     deepspeed: dict[str, object]  # further keys of DeepSpeed's configuration, passed through
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldm.config import TrainingConfig
+
 
 class TooManyBadBatches(RuntimeError):
     """More losses or gradients were no numbers than may be."""
@@ -41,10 +43,11 @@ def non_finite(output: Path, what: str, step: int, samples_seen: int, keys: list
     )
 
 
-def refusal(skipped: int, allowed: int) -> str:
-    """Why a run ends instead of leaving out one more batch."""
+def refusal(skipped: int, training: TrainingConfig, samples_seen: int) -> str:
+    """Why a run ends instead of leaving out one more batch, which begins after `samples_seen` samples."""
     return (
-        f"this is batch {skipped} that is no good, and training.max_skipped_batches is {allowed}. If it is the "
-        f"samples, put them on dataset.selection.removed and start a new run; if the loss rose before, lower "
-        f"training.learning_rate"
+        f"this is batch {skipped} that is no good, and training.max_skipped_batches is {training.max_skipped_batches}. "
+        f"What was learned before it is kept. If it is the samples, the same command goes on without them with "
+        f"training.skip_samples=[{samples_seen},{samples_seen + training.batch_size}]; if the loss rose before, go "
+        f"back with training.resume=step-N, or lower training.learning_rate"
     )

@@ -20,6 +20,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any
 
@@ -66,12 +67,13 @@ class World:
     device: torch.device
 
 
-def join(cuda: bool | None = None) -> World:
+def join(collective_seconds: float | None = None, cuda: bool | None = None) -> World:
     """Joins the process group that Ray Train or torchrun prepared; without either, this process is alone in one.
 
     A group that exists says by its backend whether processes compute on GPUs: who was given none may still see those of
     others. Without a group it is `cuda`, or whether there is a GPU. Raises RuntimeError where one is wanted and none
-    is seen.
+    is seen. No process waits longer than `collective_seconds` for the others in one collective; None: as long as the
+    backend has it.
     """
     if dist.is_initialized():
         cuda = dist.get_backend() == "nccl"
@@ -96,6 +98,8 @@ def join(cuda: bool | None = None) -> World:
     if cuda:
         torch.cuda.set_device(local_rank)
     _join_deepspeed(cuda)
+    if collective_seconds is not None:
+        _wait_at_most(timedelta(seconds=collective_seconds))
     return World(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     )
@@ -111,6 +115,15 @@ def _join_deepspeed(cuda: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _keep_freed_memory()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+
+
+def _wait_at_most(timeout: timedelta) -> None:
+    """In all groups: DeepSpeed has one of its own, which knows nothing of the time that ours was given."""
+    from deepspeed.utils import groups
+
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # older releases
+    for group in (dist.group.WORLD, groups._get_data_parallel_group()):
+        set_timeout(timeout, group)
 
 
 def _keep_freed_memory() -> None:

@@ -1,9 +1,10 @@
 """The training of a latent diffusion model, read from top to bottom.
 
-It sees torch.distributed and four functions: decode(z0) -> image, log(step, values), log_grid(step, png, name) and
-should_stop(). What launches it, and where numbers go, is the business of others; so the same function runs under Ray
-Train, under torchrun, and in a single process. It can be killed at any moment and started again: it goes on from the
-newest whole checkpoint, and on an equal number of processes ends in the same bits as if nothing had happened.
+It sees torch.distributed and six functions: decode(z0) -> image, log(step, values), log_grid(step, png, name),
+log_checkpoint(kept, removed), tell(subject, words) and should_stop(). What launches it, and where numbers go, is the
+business of others; so the same function runs under Ray Train, under torchrun, and in a single process. It can be killed
+at any moment and started again: it goes on from the newest whole checkpoint, and on an equal number of processes ends
+in the same bits as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +34,15 @@ from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, che
 from ldm.training.frozen import Frozen
 from ldm.training.going_on import accepted_changes, after_skipped, check_skipped_samples, run_config, start_from
 from ldm.training.grid import Decode, sample_grid
+from ldm.training.keeper import Keeper, LogCheckpoint
 from ldm.training.loader import TrainData, allow_open_files, hold_out
-from ldm.training.meter import Meter
-from ldm.training.saving import Saving
+from ldm.training.meter import Agreed, Meter
 from ldm.training.step import loss_of, make_loader, null_context, seed_dropout
 from ldm.training.validation import validation_loss
-from ldm.training.watchdog import Watchdog
+from ldm.training.watchdog import Watchdog, collective_seconds
 
 Log = Callable[[int, dict[str, float]], None]
 LogGrid = Callable[[int, bytes, str], None]
-LogCheckpoint = Callable[[Path, list[str]], None]
 
 log_line = logging.getLogger(__name__)
 
@@ -75,93 +76,104 @@ def train(
     check_kept(run)
 
     # Processes: one for each GPU.
-    world = join()
+    world = join(collective_seconds=collective_seconds(run.hang_seconds))
     first = world.rank == 0
 
-    # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averaged weights.
-    torch.manual_seed(training.seed)
-    denoiser = make_denoiser(settings.unet, settings.text_encoder)
-    if training.start_from is not None:
-        start_from(denoiser, training.start_from)
-    denoiser.to(world.device)
-    frozen = Frozen(denoiser, training.precision)
-    if run.activation_checkpointing:
-        checkpoint_activations(denoiser, (ResBlock, SpatialTransformer, AttentionBlock))
-    schedule = schedule_of(diffusion).to(world.device)
-    engine = Engine(denoiser, training, run, world)
-    ema = Ema(engine.stretches(), training.ema_decay, lambda name: training.ema_of == "all" or name.startswith("unet."))
-
-    # Data: the same sequence of samples, noise and timesteps for every number of processes.
-    trained_on, held_out = hold_out(data, training.held_out_shards)
-    tokenizer = make_tokenizer(settings.text_encoder) if settings.text_encoder else None
-    null = null_context(frozen, tokenizer, world.device) if data.context_shape else None
-    loader = make_loader(settings, trained_on, tokenizer, null, run, world)
-    held_out_loader = held_out and make_loader(settings, held_out, tokenizer, null, run, world, validation=True)
-    allow_open_files(*filter(None, (loader, held_out_loader)))
-
-    # Where the last run got to.
-    config = run_config(settings, data, frozen)
-    if first:
-        keeping.sweep(output)
-    dist.barrier()
-    step = saved = samples_seen = skipped = 0
-    history: list[dict[str, Any]] = []  # where the run went another way than its settings alone would say
-    place = copies.place_of(run, output)
-    if (last := copies.newest(output, place, tell)) is not None:
-        changed = accepted_changes(last, config, settings, data)
-        step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
-        skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
-        history = last.manifest.get("history", []) + ([{"step": step, "accepted": changed}] if changed else [])
-        engine.restore(last.read, step)
-        engine.restore_scaler(last.manifest.get("loss_scale"))
-        ema.restore(last.read_ema, step)
+    def say(subject: str, words: str) -> None:
+        """To those who read logs, and to those who do not."""
         if first:
-            log_line.info("goes on from %s", last.path)
-    check_skipped_samples(training, samples_seen)
-    batches = loader.batches(samples_seen)
-    flop = None
-    if peak_flops is not None and first:
-        costs = costs_of(settings, data.latent_shape)
-        flop = costs.step_flop() - (costs.frozen_flop if data.context_shape else 0)
-    meter = Meter(world, flop and flop / (peak_flops * world.world_size))
-    shown, stopping, validated = step, False, None
-    saving: Saving | None = None  # what is being written while training goes on
-    written = False  # by all processes
+            log_line.warning("%s", words)
+            if tell is not None:
+                tell(subject, words)
 
-    with (
-        copies.Copier(output, place if first else None, run, tell) as copier,
-        Watchdog(output / "stacks", world.rank, run.hang_seconds) as watchdog,
-    ):
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(output / "stacks", world.rank, run.hang_seconds))
+
+        # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averages.
+        watchdog.reset(long=True)
+        torch.manual_seed(training.seed)
+        denoiser = make_denoiser(settings.unet, settings.text_encoder)
+        if training.start_from is not None:
+            start_from(denoiser, training.start_from)
+        denoiser.to(world.device)
+        frozen = Frozen(denoiser, training.precision)
+        if run.activation_checkpointing:
+            checkpoint_activations(denoiser, (ResBlock, SpatialTransformer, AttentionBlock))
+        schedule = schedule_of(diffusion).to(world.device)
+        engine = Engine(denoiser, training, run, world)
+        averaged = training.ema_of
+        ema = Ema(engine.stretches(), training.ema_decay, lambda name: averaged == "all" or name.startswith("unet."))
+
+        # Data: the same sequence of samples, noise and timesteps for every number of processes.
+        watchdog.reset(long=True)
+        trained_on, held_out = hold_out(data, training.held_out_shards)
+        tokenizer = make_tokenizer(settings.text_encoder) if settings.text_encoder else None
+        null = null_context(frozen, tokenizer, world.device) if data.context_shape else None
+        loader = stack.enter_context(closing(make_loader(settings, trained_on, tokenizer, null, run, world)))
+        held_out_loader = None
+        if held_out is not None:
+            held_out_loader = make_loader(settings, held_out, tokenizer, null, run, world, validation=True)
+            stack.enter_context(closing(held_out_loader))
+        allow_open_files(*filter(None, (loader, held_out_loader)))
+
+        # Where the last run got to.
+        watchdog.reset(long=True)
+        config = run_config(settings, data, frozen)
+        if first:
+            keeping.sweep(output)
+        dist.barrier()
+        step = saved = samples_seen = skipped = overflows = 0
+        history: list[dict[str, Any]] = []  # where the run went another way than its settings alone would say
+        place = copies.place_of(run, output)
+        if (last := copies.newest(output, place, tell)) is not None:
+            watchdog.reset(long=True)
+            changed = accepted_changes(last, config, settings, data)
+            step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
+            skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
+            history = last.manifest.get("history", []) + ([{"step": step, "accepted": changed}] if changed else [])
+            engine.restore(last.read, step)
+            engine.restore_scaler(last.manifest.get("loss_scale"))
+            ema.restore(last.read_ema, step)
+            last.close()
+            found = f"goes on from {last.path}, after {samples_seen} samples, on {world.world_size} processes"
+            say(f"resumed/{last.path.name}", found)
+        check_skipped_samples(training, samples_seen)
+        batches = loader.batches(samples_seen)
+        copier = stack.enter_context(copies.Copier(output, place if first else None, run, tell))
+        keeper = Keeper(output, run, copier, tell, log_checkpoint)
+        flop = None
+        if peak_flops is not None and first:
+            costs = costs_of(settings, data.latent_shape)
+            flop = costs.step_flop() - (costs.frozen_flop if data.context_shape else 0)
+        meter = Meter(world, flop and flop / (peak_flops * world.world_size))
+        shown, validated = step, None
+        agreed = Agreed()  # what the processes want and know
+        refused: TooManyBadBatches | None = None
+
         while True:
             watchdog.reset()
-            # What is due before the next step, so that the last step needs no special case.
-            done = step >= training.max_steps or stopping
-            if step > shown and first and (step % training.log_every_steps == 0 or done):
+            # What is due before the next step, so that the last step needs no special case. Who was asked to stop, or
+            # cannot go on, keeps a checkpoint and does nothing else.
+            hurried = agreed.stop or refused is not None
+            done = step >= training.max_steps or hurried
+            if first and step > shown and (step % training.log_every_steps == 0 or done):
                 log(step, meter.read())
-            if due(step, training.validate_every_steps, shown, done) and held_out_loader is not None:
+            if held_out_loader is not None and due(step, training.validate_every_steps, shown, done) and not hurried:
                 validated = validation_loss(engine, frozen, held_out_loader, settings, schedule)
                 if first:
                     log(step, {"validation_loss": validated})
-            if training.grid.prompts and due(step, training.grid.every_steps, shown, done):
-                weights = engine.gather(ema.stretches)
+            due_grid = bool(training.grid.prompts) and due(step, training.grid.every_steps, shown, done) and not hurried
+            due_save = due(step, run.checkpoint_every_steps, saved, done) or (agreed.save and step > saved)
+            weights = None  # averaged, on the first process: as large as the model
+            with meter.saving():
+                if agreed.written or due_save:
+                    keeper.settle(tidy=not hurried)
+                if due_save or due_grid:
+                    weights = engine.gather(ema.stretches)
                 if weights is not None:
                     weights |= engine.buffers()
-                    png = sample_grid(settings, data, weights, frozen, schedule, tokenizer, decode, step)
-                    log_grid(step, png, "samples")
-                del weights  # as large as the model
-            due_save = step > saved and (step % run.checkpoint_every_steps == 0 or done)
-            if saving is not None and (written or due_save):
-                settle(saving, output, run, tell, log_checkpoint, copier)
-                saving = None
-            if due_save:
-                weights = engine.gather(ema.stretches)
-                saving = Saving(
-                    output,
-                    step,
-                    stretches=engine.states(),
-                    ema=None if weights is None else weights | engine.buffers(),
-                    config=config,
-                    facts={
+                if due_save:
+                    facts = {
                         "samples_seen": samples_seen,
                         "skipped_batches": skipped,
                         "history": history,
@@ -169,16 +181,16 @@ def train(
                         "validation_loss": validated,
                         "world_size": world.world_size,
                         "zero_stage": run.zero_stage,
-                    },
-                )
-                saved = step
-                del weights
+                    }
+                    keeper.begin(step, stretches=engine.states(), ema=weights, config=config, facts=facts)
+                    saved = step
+            if due_grid and weights is not None:
+                png = sample_grid(settings, data, weights, frozen, schedule, tokenizer, decode, step)
+                log_grid(step, png, "samples")
+            del weights
             shown, validated = step, None  # a batch that is left out comes by here without a step
             if done:
-                if saving is not None:
-                    settle(saving, output, run, tell, log_checkpoint, copier)
-                if not stopping:
-                    copier.patience = copies.END_SECONDS
+                keeper.settle()
                 break
 
             if (on := after_skipped(training.skip_samples, samples_seen)) > samples_seen:
@@ -203,31 +215,38 @@ def train(
                 meter.add(loss.detach(), batch.t * 4 // diffusion.timesteps)
                 keys += batch.keys
 
-            # The processes agree on what happened before any weight is touched. A batch that is no good counts as seen.
-            stopping, finite, written = meter.agree(should_stop(), saving is not None and saving.is_written())
-            samples_seen += training.batch_size
+            # The processes agree on what happened before any weight is touched. A batch that is no good counts as seen,
+            # but for the one that ends the run: the checkpoint that is kept then is of before it.
+            agreed = meter.agree(should_stop(), keeper.is_late(), keeper.is_written())
+            before, samples_seen = samples_seen, samples_seen + training.batch_size
             try:
                 grad_norm = engine.update(learning_rate)
             except NonFiniteGradient as error:
-                if finite and isinstance(error, GradientOverflow):  # no fault of the batch: the next scale is smaller
+                if agreed.finite and isinstance(error, GradientOverflow):  # no fault of the batch: the scale is smaller
+                    overflows += 1
                     log_line.info("%s at step %d; the batch is left out", error, step + 1)
                     continue
-                skipped += 1
-                what = str(error) if finite else "the loss is not finite"
+                what = str(error) if agreed.finite else "the loss is not finite"
                 report = non_finite(output, what, step + 1, samples_seen, keys, meter.own_loss_is_finite)
-                if skipped > training.max_skipped_batches:
-                    if saving is not None:
-                        settle(saving, output, run, tell, log_checkpoint, copier)
-                    raise TooManyBadBatches(f"{report}\n{refusal(skipped, training.max_skipped_batches)}") from error
-                if first:
-                    log_line.warning("%s\nthe batch is left out", report)
+                if skipped == training.max_skipped_batches:
+                    refused = TooManyBadBatches(f"{report}\n{refusal(skipped + 1, training, before)}")
+                    refused.__cause__, samples_seen = error, before
+                    continue
+                skipped += 1
+                say(f"skipped/samples-{samples_seen:012d}", f"{report}\nthe batch is left out")
                 continue
             ema.update()
             step += 1
-            scale = {} if engine.loss_scale is None else {"loss_scale": engine.loss_scale}
-            meter.end_step(training.batch_size, grad_norm=grad_norm, learning_rate=learning_rate, **scale)
+            counts = {"samples_seen": samples_seen, "skipped_batches": skipped}
+            if engine.loss_scale is not None:
+                counts |= {"loss_scale": engine.loss_scale, "overflows": overflows}
+            meter.end_step(training.batch_size, grad_norm, learning_rate=learning_rate, **counts)
 
-    loader.close()
+        watchdog.reset(long=True)  # files are copied, threads end
+        if refused is not None:
+            raise refused
+        if not hurried:
+            copier.patience = copies.END_SECONDS
     return saved
 
 
@@ -238,22 +257,6 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def due(step: int, every: int | None, shown: int, done: bool) -> bool:
-    """Whether something that happens every so often, and at the end, has to happen at this step of this process."""
-    return every is not None and step > shown and (step % every == 0 or done)
-
-
-def settle(
-    saving: Saving,
-    output: Path,
-    run: TrainingRunConfig,
-    tell: checkpoint.Tell | None,
-    log_checkpoint: LogCheckpoint,
-    copier: copies.Copier,
-) -> None:
-    """Commits a checkpoint and removes those whose place it takes."""
-    kept = saving.commit()
-    if dist.get_rank() == 0:
-        rules = (run.keep_checkpoints, run.keep_every_steps, run.keep_best)
-        log_checkpoint(kept, keeping.retain(output, *rules, tell, but=copier.under_way))
-        copier.look()
+def due(step: int, every: int | None, last: int, done: bool) -> bool:
+    """Whether something that happens every so often, and at the end, is due at this step; it was at `last`."""
+    return every is not None and step > last and (step % every == 0 or done)

@@ -9,15 +9,31 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 GRACE_SECONDS = 5.0  # between stacks and end: a process that ends breaks the connections that others still wait on
+START_SECONDS = 1800.0  # given to each part of a start, where that is more: models are built, checkpoints are fetched
+MARGIN_SECONDS = 60.0  # that a collective waits longer, so that nothing ends a process before its stacks are written
+STDERR = 2
+
+
+def start_seconds(hang_seconds: float | None) -> float | None:
+    """How long each part of the start of a training may take; None: any time."""
+    return None if hang_seconds is None else max(hang_seconds, START_SECONDS)
+
+
+def collective_seconds(hang_seconds: float | None) -> float | None:
+    """How long a process may wait for the others in one collective; None: as long as its backend has it."""
+    longest = start_seconds(hang_seconds)
+    return None if longest is None else longest + MARGIN_SECONDS
 
 
 class Watchdog:
     """Between two calls of `reset` no more than `seconds` may pass (None: any number), or the process ends by SIGALRM.
 
-    The stacks of its threads are then in `folder`/rank-00000-PID.txt.
+    The stacks of its threads are then on stderr and in `folder`/rank-00000-PID.txt. A process of its own writes there:
+    `folder` may lie on the very file system that everybody hangs on.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float | None) -> None:
@@ -27,18 +43,22 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "w")
+            self._writer = subprocess.Popen(
+                ["tee", self._path], stdin=subprocess.PIPE, stdout=STDERR, start_new_session=True
+            )
         return self
 
-    def reset(self) -> None:
-        if self.seconds is not None:
-            faulthandler.dump_traceback_later(self.seconds, file=self._file)
-            signal.setitimer(signal.ITIMER_REAL, self.seconds + GRACE_SECONDS)
+    def reset(self, long: bool = False) -> None:
+        """`long`: before a part of the start, or the end, which may take longer than a step."""
+        seconds = start_seconds(self.seconds) if long else self.seconds
+        if seconds is not None:
+            faulthandler.dump_traceback_later(seconds, file=self._writer.stdin)
+            signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         if self.seconds is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            if not self._path.stat().st_size:
+            self._writer.communicate()
+            if self._path.exists() and not self._path.stat().st_size:
                 self._path.unlink()
+            signal.setitimer(signal.ITIMER_REAL, 0)

@@ -55,8 +55,8 @@ TRAINING = TrainingConfig(
 
 RUN = TrainingRunConfig(
     threads=1, micro_batch_size=4, zero_stage=1, loader_workers=0, loader_cache_bytes=10_000_000,
-    activation_checkpointing=False, compile=False, checkpoint_every_steps=20, keep_checkpoints=3,
-    keep_every_steps=None, keep_best=False, copy_to=None, hang_seconds=None, deepspeed={},
+    activation_checkpointing=False, compile=False, checkpoint_every_steps=20, checkpoint_every_seconds=None,
+    keep_checkpoints=3, keep_every_steps=None, keep_best=False, copy_to=None, hang_seconds=None, deepspeed={},
 )  # fmt: skip
 
 
