@@ -29,6 +29,13 @@ class Agreed(NamedTuple):
     finite: bool = True  # all losses are numbers
 
 
+def any_says(word: bool, world: World) -> bool:
+    """Whether any process says so; the same in each of them."""
+    said = torch.tensor(float(word), device=world.device)
+    dist.all_reduce(said)
+    return bool(said)
+
+
 class Meter:
     """Adds up losses of all processes between two reports; a step costs one small exchange between them."""
 

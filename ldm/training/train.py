@@ -36,7 +36,7 @@ from ldm.training.going_on import accepted_changes, after_skipped, check_skipped
 from ldm.training.grid import Decode, sample_grid
 from ldm.training.keeper import Keeper, LogCheckpoint
 from ldm.training.loader import TrainData, allow_open_files, hold_out
-from ldm.training.meter import Agreed, Meter
+from ldm.training.meter import Agreed, Meter, any_says
 from ldm.training.step import loss_of, make_loader, null_context, seed_dropout
 from ldm.training.validation import validation_loss
 from ldm.training.watchdog import Watchdog, collective_seconds
@@ -65,7 +65,8 @@ def train(
 
     `decode` (scaled z0 -> image in [-1, 1]), `log`, `log_grid` and `log_checkpoint` (the folder of one, the names of
     those removed for it) and `tell` (a subject, what somebody should know who reads no logs) are called in the first
-    process only, `should_stop` in all of them after every step: one that says so stops all. With `peak_flops`, what one
+    process only, `should_stop` in all of them, before anything is loaded (then 0 is
+    returned), before the first step and after every step: one that says so stops all. With `peak_flops`, what one
     device can do in a second, the log also says what share of it is reached.
     """
     training, diffusion = settings.training, settings.diffusion
@@ -88,6 +89,11 @@ def train(
 
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(output / "stacks", world.rank, run.hang_seconds))
+
+        # Who is to leave already loads nothing.
+        watchdog.reset(long=True)
+        if any_says(should_stop(), world):
+            return 0
 
         # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averages.
         watchdog.reset(long=True)
@@ -147,7 +153,7 @@ def train(
             flop = costs.step_flop() - (costs.frozen_flop if data.context_shape else 0)
         meter = Meter(world, flop and flop / (peak_flops * world.world_size))
         shown, validated = step, None
-        agreed = Agreed()  # what the processes want and know
+        agreed = Agreed(stop=any_says(should_stop(), world))  # what the processes want and know
         refused: TooManyBadBatches | None = None
 
         while True:

@@ -39,10 +39,10 @@ GRID = SampleGridConfig(every_steps=4, prompts=["0 1", "1 2", "what"], steps=2, 
 def work(
     what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig, stop_at: int | None = None
 ) -> dict[str, Any]:
-    """One process of a training run; the last one asks to stop when it was asked `stop_at` times whether to."""
+    """One process of a training run; the last one asks to stop after `stop_at` steps: -1 before anything is loaded."""
     logged: list[tuple[int, dict[str, float]]] = []
     grids: list[tuple[int, bytes, str]] = []
-    asked = [0]
+    asked = [-2]  # before anything is loaded, and before the first step
 
     def should_stop() -> bool:
         asked[0] += 1
@@ -265,7 +265,7 @@ def test_a_batch_left_out_changes_nothing_that_a_restart_would_not_find_again(tm
 
 def hang(what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig) -> None:
     """One process; process 1 hangs after its third step."""
-    asked = [0]
+    asked = [-2]
 
     def stands_still() -> bool:
         asked[0] += 1
