@@ -8,6 +8,9 @@ Writing is one append of one line: no network, no lock, no wait, so a server tha
 step nothing. The journal is the truth; MLflow is a view of it that can be made again (`python -m
 pipelines.sync`), and so is the report. A writer that dies in the middle of a line leaves a torn one: it is
 skipped, the others stand.
+
+A training that goes back begins another way: a line of kind "rewind" says to which step, and lines of later steps
+before it fall. Ways of a stage are numbered; the first, which no line begins, is way 0.
 """
 
 from __future__ import annotations
@@ -17,16 +20,20 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.storage import is_remote
 
 RUN = "run"  # the journal of the DAG itself stands beside those of its stages
+DRIVER = "driver"  # the writer that tells of what happened, once; the others are processes that a restart puts back
+FROM_NOTHING = -1  # the step before all others, and before what is told of none
 
 
-def journal_path(output: str | Path, stage: str, writer: str = "driver") -> Path:
+def journal_path(output: str | Path, stage: str, writer: str = DRIVER) -> Path:
     """The journal of one writer of one stage of the run whose results lie in `output`."""
     return Path(output) / "journal" / stage / f"{writer}.jsonl"
 
@@ -49,7 +56,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._handle).st_size
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
@@ -95,12 +102,17 @@ class Journal:
         """RUNNING, FINISHED, FAILED or KILLED."""
         self._append("status", status=status, reason=reason)
 
-    def rewind(self, step: int) -> None:
-        """Training went back to `step` on purpose: what was told of later steps is abandoned, and told anew."""
-        self._append("rewind", step=step)
+    def rewind(self, step: int, why: str = "", way: int | None = None) -> None:
+        """Training goes back to `step`, `why` by which settings: what was told of later steps is abandoned."""
+        beside = self.path.parent.glob("*.jsonl")
+        self._append("rewind", step=step, why=why, way=way or 1 + max(_newest_way(path) for path in beside))
 
     def close(self) -> None:
-        os.close(self._handle)
+        """No line after this: the handle's number may be another file's by then."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._handle)
 
     def _place(self, path: str | Path) -> str:
         """From the run's own folder when the path lies there, so that the folder may be moved."""
@@ -113,6 +125,8 @@ class Journal:
         entry = {"kind": kind, "time": time.time_ns() // 1_000_000, **fields}
         line = json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode(errors="replace") + b"\n"
         with self._lock:
+            if self._closed:
+                raise ValueError(f"{self.path} is closed; it does not take a line of kind {kind!r}")
             data = b"\n" + line if self._torn else line
             self._torn = True  # until all of it is down: a full disk may take half a line
             while data:
@@ -134,28 +148,19 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def read_entries(
-    path: str | Path, offset: int = 0, limit_bytes: int = 1 << 62
-) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from `offset` on, about `limit_bytes` of them, and the offset behind them.
+def _lines(path: str | Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """The whole lines from `offset` on, each with the offset behind it.
 
-    A line that does not parse is what a killed writer left: it is passed over. A line without an end is still
-    being written: it waits.
+    A line that does not parse, None, is what a killed writer left. A line without an end is still being written: it
+    waits.
     """
-    entries = []
     with open(path, "rb") as file:
         file.seek(offset)
-        start = offset
         for line in file:
             if not line.endswith(b"\n"):
-                break
+                return
             offset += len(line)
-            entry = _parse(line)
-            if entry is not None:
-                entries.append(entry)
-            if offset - start >= limit_bytes:
-                break
-    return entries, offset
+            yield _parse(line), offset
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -166,36 +171,114 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and "kind" in entry else None
 
 
-def that_stand(
-    entries: list[dict[str, Any]], rewinds: list[int]
-) -> tuple[list[dict[str, Any]], list[int], dict[str, Any] | None]:
-    """The lines without those of steps that training went back over later.
+def read_entries(path: str | Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """What the whole lines from `offset` on say, and the offset behind them."""
+    entries = []
+    for entry, behind in _lines(path, offset):
+        offset = behind
+        if entry is not None:
+            entries.append(entry)
+    return entries, offset
 
-    `rewinds` are the steps of the times that it went back to among these lines or behind them. Returned with the lines
-    are those that are still to come; and where a time is met that is not among them, the lines end before it, and it
-    is the third.
+
+# ---- ways ----------------------------------------------------------------------------------------
+def begin_from_nothing(output: str | Path, stage: str) -> None:
+    """What a stage has told so far is of results that are no more: all its journals are told so, if there is any."""
+    paths = journal_paths(output, stage)
+    if any(_tells(path) for path in paths):
+        way = 1 + max(_newest_way(path) for path in paths)
+        for path in paths:
+            journal = Journal(path)
+            journal.rewind(FROM_NOTHING, way=way)
+            journal.close()
+
+
+def rewinds_in(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines that begin another way, each with its number. Other lines are not even parsed."""
+    with open(path, "rb") as file:
+        way = 0
+        for line in file:
+            if line.startswith(b'{"kind":"rewind"') and (entry := _parse(line)) is not None:
+                way = entry.get("way", way + 1)  # not numbered when only one journal of a stage had any
+                yield {"way": way, **entry}
+
+
+def _newest_way(path: Path) -> int:
+    return max((entry["way"] for entry in rewinds_in(path)), default=0)
+
+
+def _tells(path: Path) -> bool:
+    """Whether a journal says more than that the stage begins from nothing."""
+    with open(path, "rb") as file:
+        last = deque(file, maxlen=1)
+    entry = _parse(last[0]) if last else None
+    return bool(last) and not (entry and entry["kind"] == "rewind" and entry["step"] == FROM_NOTHING)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a journal: of one way, or of one and the next ones that are known."""
+
+    entries: list[dict[str, Any]]  # those that stand
+    offset: int  # behind it
+    way: int  # at its end
+    rewind: dict[str, Any] | None  # the line behind it, where that begins a way that is not known
+
+
+def read_standing(path: str | Path, offset: int, limit_bytes: int, rewinds: Sequence[int], way: int) -> Part:
+    """The whole lines from `offset` on, about `limit_bytes` of them, without those that fall.
+
+    `rewinds` has for every known way but the first the step that it goes back to; `way` is that of `offset`.
     """
-    stand, coming = [], list(rewinds)
-    for entry in entries:
+    entries, start = [], offset
+    for entry, behind in _lines(path, offset):
+        if entry is not None and entry["kind"] == "rewind":
+            entry = {"way": way + 1, **entry}
+            if entry["way"] > len(rewinds):
+                return Part(entries, offset, way, entry)
+            way = entry["way"]
+        elif entry is not None and (entry.get("step") or 0) <= min(rewinds[way:], default=math.inf):
+            entries.append(entry)
+        offset = behind
+        if offset - start >= limit_bytes:
+            break
+    return Part(entries, offset, way, None)
+
+
+def _all_standing(path: Path) -> list[dict[str, Any]]:
+    """The lines of the newest way, and those of older ones that it did not go back over."""
+    stand, newest = [], math.inf
+    for entry in reversed(read_entries(path)[0]):
         if entry["kind"] == "rewind":
-            if not coming:
-                return stand, [], entry
-            coming.pop(0)
-        elif (entry.get("step") or 0) <= min(coming, default=math.inf):
+            newest = min(newest, entry["step"])
+        elif (entry.get("step") or 0) <= newest:
             stand.append(entry)
-    return stand, coming, None
+    return stand[::-1]
 
 
-def _read_standing(path: Path) -> list[dict[str, Any]]:
-    entries = read_entries(path)[0]
-    return that_stand(entries, [entry["step"] for entry in entries if entry["kind"] == "rewind"])[0]
+def last_step(path: str | Path) -> int:
+    """The highest step of which numbers stand; -1 where there are none."""
+    highest = -1
+    for entry, _ in _lines(path):
+        if entry is not None and entry["kind"] == "rewind":
+            highest = min(highest, entry["step"])
+        elif entry is not None and entry["kind"] == "metrics":
+            highest = max(highest, entry["step"] or 0)
+    return highest
 
 
+def make_durable(path: str | Path) -> None:
+    """After this a power cut cannot make the journal shorter than it is now."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+# ---- what reports show ---------------------------------------------------------------------------
 def read_metrics(output: str | Path, stage: str) -> dict[str, list[tuple[int, float, int]]]:
     """Metrics of a stage: name -> [(step, value, time in ms)] by step; the last word on a step counts."""
     points: dict[str, dict[int, tuple[float, int]]] = {}
     for path in journal_paths(output, stage):
-        for entry in _read_standing(path):
+        for entry in _all_standing(path):
             if entry["kind"] == "metrics":
                 for name, value in entry["values"].items():
                     points.setdefault(name, {})[entry["step"] or 0] = (value, entry["time"])
@@ -209,7 +292,7 @@ def read_images(output: str | Path, stage: str) -> dict[str, list[tuple[int, Pat
     """Every picture of a stage: key -> [(step, path)] by rising step."""
     images: dict[str, dict[int, Path]] = {}
     for path in journal_paths(output, stage):
-        for entry in _read_standing(path):
+        for entry in _all_standing(path):
             if entry["kind"] == "image":
                 images.setdefault(entry["key"], {})[entry["step"] or 0] = output_of(path) / entry["path"]
     return {key: sorted(by_step.items()) for key, by_step in sorted(images.items())}

@@ -38,6 +38,7 @@ from pipelines.dag import (
     weights_path,
     what_of,
 )
+from pipelines.journal import begin_from_nothing
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import Record, StaleError, read_json, sum_funnel, write_json, write_whole
 from pipelines.stopping import Stopped
@@ -116,6 +117,8 @@ def run(config: Config, command: str) -> int:
                 _hold(dag, stage, stack)
         if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
             _check_model(config)
+        if "train" in wanted and not statuses["train"].done:
+            _check_begin(dag)
         _run_stages(dag, wanted, command, stack)
     print(summary(dag, wanted))
     print(pointers(dag))
@@ -133,6 +136,8 @@ def _statuses(dag: Dag, wanted: list[str], stack: ExitStack) -> dict[str, Status
                 if not dag.config.overwrite or error.folder.stage not in wanted:
                     raise
                 _hold(dag, error.folder.stage, stack)
+                if error.folder.stage == "train":
+                    rewind.leave_copies(dag.config.cluster.train.run, error.folder.path)
                 print(f"overwrite=true: deleting what is stale in {error.folder.path}")
                 error.folder.clear(error.shards)
     return statuses
@@ -200,6 +205,21 @@ def _check_model(config: Config) -> None:
         raise ConfigError(str(error)) from error
 
 
+def _check_begin(dag: Dag) -> None:
+    """Refuses a training that could not copy its checkpoints, or lacks the weights that it begins with."""
+    from ldm.training.copies import check_place
+
+    run, start, home = dag.config.cluster.train.run, dag.config.training.start_from, dag.home("train")
+    try:
+        check_place(run, home)
+        if start is not None and run.copy_to is None and not any(home.glob("step-*")):
+            weights_path(start)
+    except ConfigError as error:
+        raise ConfigError(f"training.start_from: {error}; it is the ema.safetensors of a run of this model") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> None:
     from pipelines import cluster, stopping
     from pipelines.tracking import Tracker
@@ -224,7 +244,8 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
         if "evaluate" in wanted:
             figures = read_json(dag.run_folder / "evaluate/metrics.json")
             tracker.run.metrics({name: x for name, x in figures.items() if name.startswith("prompt_recall")})
-            tracker.run.image("grid", dag.run_folder / "generate/grid.png", dag.config.training.max_steps)
+            generated = dag.statuses["generate"].job.output  # MLflow keeps the first picture of a name and step
+            tracker.run.image(f"grid {generated.path.name}", generated / "grid.png", dag.config.training.max_steps)
 
 
 @contextmanager
@@ -274,6 +295,8 @@ def begin(dag: Dag, stage: str) -> None:
     folder = dag.statuses[stage].job.output
     folder.sweep()
     plan = folder.read_plan()
+    if plan is None and not STAGES[stage].many:
+        begin_from_nothing(dag.run_folder, stage)
     if plan is not None and plan["fingerprint"] != dag.fingerprints[stage]:  # training.accept allows it
         rewind.set_aside(folder.path, [name for name in ("plan.json", "record.json") if (folder / name).exists()])
         plan = None

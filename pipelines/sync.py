@@ -3,7 +3,7 @@
     python -m pipelines.sync                                        the default run, to where it is tracked
     python -m pipelines.sync name=mine tracking.uri=http://host     a run, from its beginning, to another place
 
-It may run at any time, as often as you like, but not beside a run that sends for itself.
+It may run at any time, as often as you like; beside a run that sends for itself it is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from pipelines.config import ConfigError, compose
+from pipelines.lock import LockedError
 from pipelines.shipping.shipper import AwayError
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         sent = sync(config.tracking, output)
         print(f"{sent} bytes of {output / 'journal'} sent to {database_uri(config.tracking, output)}")
-    except ConfigError as error:
+    except (ConfigError, LockedError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
     except AwayError as error:

@@ -18,7 +18,7 @@ TOOLS = {
     "hydra": {"pipelines/config.py"},
     "omegaconf": {"pipelines/config.py"},
     "ray": {"pipelines/cluster.py"},
-    "mlflow": {"pipelines/tracking.py", "pipelines/shipping/stage_run.py"},
+    "mlflow": {"pipelines/shipping/server.py", "pipelines/shipping/stage_run.py"},
     "img2dataset": {"pipelines/stages/download.py"},
     "deepspeed": {"ldm/training/engine.py"},
     "open_clip": {"ldm/models/clip.py"},

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
+from typing import Protocol
 
 from pipelines.journal import RUN, journal_paths
+from pipelines.lock import LockedError
 from pipelines.manifest import read_json
+from pipelines.shipping.stage_run import first_line, say
 
 MAX_PAUSE_SECONDS = 30.0
 
@@ -16,48 +20,71 @@ class AwayError(RuntimeError):
     """The receiver cannot be reached, is busy or is broken: a reason to try again later."""
 
 
-class Shipper(threading.Thread):
-    """Calls `ship` again and again until it is closed and nothing is left to send.
+class Receiver(Protocol):
+    """What journals are sent to."""
 
-    `connect` returns `ship`, which sends a bounded part and returns False when there was nothing to send. Both
-    raise AwayError. The thread is a daemon: a receiver that hangs must not keep the process alive.
+    def ship(self) -> bool:
+        """Sends a bounded part; False when there was nothing to send. Raises AwayError."""
+
+
+class Shipper(threading.Thread):
+    """Lets a receiver `ship` again and again until it is closed and nothing is left to send.
+
+    `connect` gives the receiver for the time of a block; it raises AwayError, or LockedError where another process
+    sends. Whatever goes wrong is said once, and tried again. The thread is a daemon: a receiver that hangs must not
+    keep the process alive.
     """
 
     def __init__(
-        self, connect: Callable[[], Callable[[], bool]], output: Path, interval_seconds: float
+        self, connect: Callable[[], AbstractContextManager[Receiver]], output: Path, interval_seconds: float
     ) -> None:
         super().__init__(name="tracking", daemon=True)
         self.output, self.interval_seconds = output, interval_seconds
         self.trouble = ""  # why the last try failed
         self.done = False  # everything was sent before it ended
         self._connect = connect
-        self._wake, self._closing = threading.Event(), threading.Event()
+        self._wake, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
 
     def run(self) -> None:
-        pause, ship = self.interval_seconds, None
-        while True:
+        with suppress(LockedError), ExitStack() as stack:  # of a lock that was lost nobody need hear at the end
+            self._work(stack)
+
+    def _work(self, stack: ExitStack) -> None:
+        pause, receiver = self.interval_seconds, None
+        while not self._given_up.is_set():
             closing = self._closing.is_set()  # read before the look, so that nothing written until now stays
             try:
-                ship = ship or self._connect()
-                sent = ship()
-                pause, self.trouble = self.interval_seconds, ""
-            except AwayError as error:
-                sent, self.trouble = False, str(error)
+                receiver = receiver or stack.enter_context(self._connect())
+                sent = receiver.ship()
+                pause = self.interval_seconds
+                self._say("")
+            except Exception as error:  # a mistake of ours too must not end the thread, and be found after weeks
+                sent = False
                 pause = self.interval_seconds if closing else min(MAX_PAUSE_SECONDS, 2 * pause)
-            if closing and not sent and not self.trouble:
+                kind = "" if isinstance(error, (AwayError, LockedError)) else f"{type(error).__name__}: "
+                self._say(kind + first_line(error))
+            if closing and not sent and (not self.trouble or not unsent_bytes(self.output)):
                 self.done = True
                 return
             if not sent:
                 self._wake.wait(pause)
                 self._wake.clear()
 
+    def _say(self, trouble: str) -> None:
+        """Once when trouble begins, and once when it is over."""
+        if trouble and not self.trouble:
+            say(f"nothing goes to MLflow, which is tried again and again; the journals keep all of it: {trouble}")
+        elif self.trouble and not trouble:
+            say("MLflow takes what it is sent again")
+        self.trouble = trouble
+
     def close(self, seconds: float) -> int:
-        """Waits until everything is sent, up to `seconds`. Returns the bytes that are not."""
+        """Waits until everything is sent, up to `seconds`. Returns the bytes that are not; they are sent no more."""
         self._closing.set()
         self._wake.set()
         self.join(seconds)
-        if not self.is_alive() and not self.done:
-            self.trouble = "its thread died, see above"
+        self._given_up.set()
+        self._wake.set()
         return 0 if self.done else unsent_bytes(self.output)
 
 
@@ -77,6 +104,6 @@ def unsent_bytes(output: Path) -> int:
     left = 0
     for stage in journaled_stages(output):
         for path in journal_paths(output, stage):
-            sent = read_json(sent_path(path))["offset"] if sent_path(path).exists() else 0
-            left += path.stat().st_size - sent
+            sent, size = read_json(sent_path(path))["offset"] if sent_path(path).exists() else 0, path.stat().st_size
+            left += size - sent if sent <= size else size  # one that was cut short is sent again
     return left

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ldm.storage import is_remote
+from pipelines.journal import FROM_NOTHING
 from pipelines.shipping.labels import MAX_KEY, safe_name, shorten, to_csv, to_markdown
 
 MAX_METRICS, MAX_WORDS = 800, 100  # in one request; MLflow takes 1000 in all, and 100 params or tags
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters that MLflow keeps
+HEARD_SECONDS = 60.0  # between two words that the driver is there
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # trying again cannot help
+
+
+class GoneError(RuntimeError):
+    """Somebody deleted the run in MLflow."""
 
 
 def say(message: str) -> None:
@@ -23,6 +31,18 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
+def is_known(client: Any, run_id: str) -> bool:
+    """True if MLflow has that run and nobody deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 class StageRun:
     """One MLflow run."""
 
@@ -30,9 +50,14 @@ class StageRun:
         self.client, self.id, self.output = client, run_id, output
         self._params = dict(client.get_run(run_id).data.params)
         self._images: set[str] | None = None
+        self._running, self._heard = False, 0.0
 
-    def send(self, entries: list[dict[str, Any]], steps: dict[str, int]) -> None:
-        """Sends lines in order; `steps`, the highest step sent of each metric, is brought up to date."""
+    def send(self, entries: list[dict[str, Any]], steps: dict[str, int] | None) -> None:
+        """Sends lines in order. Raises GoneError.
+
+        `steps`, the highest step sent of each metric, is brought up to date; what is not later is left out, because a
+        restarted process tells again what follows its checkpoint. None: of a writer that tells nothing again.
+        """
         batch = Batch(self)
         for entry in entries:
             kind = entry["kind"]
@@ -68,14 +93,30 @@ class StageRun:
         try:
             action()
         except MlflowException as error:
-            if not refused(error):
+            if not self.refuses(error):
                 raise
             say(f"MLflow does not take {what}: {first_line(error)}")
 
+    def refuses(self, error: Exception) -> bool:
+        """True when MLflow understood a request and does not take it; GoneError where that is for want of the run."""
+        if getattr(error, "error_code", "") not in REFUSALS:
+            return False
+        if not is_known(self.client, self.id):
+            raise GoneError(f"MLflow's run {self.id} was deleted") from error
+        return True
+
     def leave(self, step: int, time_ms: int) -> None:
         """The run ends where training went back to `step`."""
-        self.client.set_terminated(self.id, "KILLED", time_ms)
-        self.client.set_tag(self.id, "reason", f"training went back to step {step}")
+        reason = "the stage began again from nothing" if step == FROM_NOTHING else f"training went back to step {step}"
+        self.guard(lambda: self.client.set_terminated(self.id, "KILLED", time_ms), "the end of a run")
+        self.guard(lambda: self.client.set_tag(self.id, "reason", reason), "the tag reason")
+
+    def be_heard(self) -> None:
+        """The tag last_heard, now and then: a run whose driver was killed outright says RUNNING for ever."""
+        if self._running and time.monotonic() - self._heard >= HEARD_SECONDS:
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            self.guard(lambda: self.client.set_tag(self.id, "last_heard", now), "the tag last_heard")
+            self._heard = time.monotonic()
 
     def takes_param(self, key: str, value: str) -> bool:
         """False for a setting that the run has with another value: MLflow never changes one."""
@@ -90,8 +131,6 @@ class StageRun:
             self.client.set_tag(self.id, "mlflow.note.content", shorten(to_markdown(entry["rows"]), MAX_TAG))
 
     def _image(self, entry: dict[str, Any]) -> None:
-        from PIL import Image
-
         key, step = safe_name(entry["key"], image=True), entry["step"] or 0
         if self._images is None:
             self._images = {Path(a.path).name for a in self.client.list_artifacts(self.id, "images")}
@@ -99,21 +138,14 @@ class StageRun:
         start, end = f"{key.replace('/', '~')}+step+{step}+", "+compressed.webp"
         if any(name.startswith(start) and name.endswith(end) for name in self._images):
             return
-        path = self.output / entry["path"]
-        if not path.is_file():
-            say(f"{path}, the picture {key} of step {step}, is gone; it is left out")
-            return
-        with Image.open(path) as image:
-            at = entry["time"]
-            self.client.log_image(self.id, image, key=key, step=step, timestamp=at, synchronous=True)
-        self._images.add(start + end)
+        if (image := _picture(self.output / entry["path"])) is not None:
+            self.client.log_image(self.id, image, key=key, step=step, timestamp=entry["time"], synchronous=True)
+            self._images.add(start + end)
 
     def _artifact(self, entry: dict[str, Any]) -> None:
         path = self.output / entry["path"]
-        if path.is_file():
+        if _is_readable(path):
             self.client.log_artifact(self.id, str(path), safe_name(entry["folder"]) or None)
-        else:
-            say(f"{path} is gone; it is left out")
 
     def _dataset(self, entry: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -149,12 +181,37 @@ class StageRun:
         return self.client.get_run(self.id).info.experiment_id
 
     def _status(self, entry: dict[str, Any]) -> None:
-        if entry["status"] == "RUNNING":
+        self._running = entry["status"] == "RUNNING"
+        if self._running:
             self.client.update_run(self.id, status="RUNNING")
             return
         self.client.set_terminated(self.id, entry["status"], entry["time"])
         if entry["reason"]:
             self.client.set_tag(self.id, "reason", shorten(entry["reason"], MAX_TAG))
+
+
+def _picture(path: Path) -> Any | None:
+    """A picture of this disk; None, and said, where there is none to be read: that is nothing to wait for."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        say(f"the picture {path} is left out: {first_line(error)}")
+        return None
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file of this disk can be read to its end; it is said where it cannot."""
+    try:
+        with path.open("rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        say(f"the file {path} is left out: {first_line(error)}")
+        return False
+    return True
 
 
 class Batch:
@@ -169,13 +226,13 @@ class Batch:
         self._params: list[Any] = []
         self._tags: list[Any] = []
 
-    def metrics(self, entry: dict[str, Any], steps: dict[str, int]) -> None:
-        """A step sent before is left out: a restarted worker tells again what follows its checkpoint."""
+    def metrics(self, entry: dict[str, Any], steps: dict[str, int] | None) -> None:
+        """Numbers at a step, but for what was sent of it before."""
         from mlflow.entities import Metric
 
         for name, value in entry["values"].items():
             key, step = safe_name(name), entry["step"]
-            if step is not None:
+            if step is not None and steps is not None:
                 if step <= steps.get(key, -1):
                     continue
                 steps[key] = step
@@ -208,7 +265,7 @@ class Batch:
             try:
                 self.run.client.log_batch(self.run.id, self._metrics, self._params, self._tags)
             except MlflowException as error:
-                if not refused(error):
+                if not self.run.refuses(error):
                     raise
                 self._send_singly()
         self._clear()
@@ -219,8 +276,3 @@ class Batch:
                 parts: list[list[Any]] = [[], [], []]
                 parts[position] = [entry]
                 self.run.guard(lambda parts=parts: self.run.client.log_batch(self.run.id, *parts), entry.key)
-
-
-def refused(error: Exception) -> bool:
-    """True when trying again cannot help: MLflow understood the request and does not take it."""
-    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")

@@ -19,8 +19,7 @@ from PIL import Image
 from pipelines.settings import TrackingConfig
 from pipelines.shipping.shipper import unsent_bytes
 from pipelines.tracking import Tracker
-from tests.pipelines.mlflow_server import MlflowServer, run_together
-from tests.pipelines.test_tracking import points, runs_of, unhelpful_server
+from tests.pipelines.mlflow_server import MlflowServer, points, run_together, runs_of, unhelpful_server
 
 STEP_SECONDS = 0.1
 
@@ -31,7 +30,7 @@ def settings(uri: str, flush: float) -> TrackingConfig:
 
 def away(folder: Path) -> None:
     for kind in ("refuses", "hangs", "answers 500"):
-        with unhelpful_server(kind) as uri:
+        with unhelpful_server(kind) as (uri, _):
             tracker, seconds = Tracker.open(settings(uri, 1.0), folder / kind), []
             with tracker.stage("train") as run:
                 for step in range(500):

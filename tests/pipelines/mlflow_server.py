@@ -1,7 +1,9 @@
-"""A real MLflow server on loopback, over a sqlite file, which notes how it answered."""
+"""A real MLflow server on loopback, over a sqlite file, which notes how it answered; servers that serve nobody; and
+what the tests ask of MLflow."""
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
@@ -9,11 +11,85 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import urllib3
+
+from pipelines.manifest import read_json
+from pipelines.settings import TrackingConfig
+from pipelines.shipping.server import prepare_environment
+
+
+# ---- what is asked -------------------------------------------------------------------------------
+def settings(uri: str | None = None, enabled: bool = True, flush: float = 60.0) -> TrackingConfig:
+    return TrackingConfig(enabled, uri, "test", interval_seconds=0.05, flush_seconds=flush)
+
+
+def client(uri: str) -> Any:
+    prepare_environment()
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def runs_of(uri: str, output: Path) -> dict[str, Any]:
+    """The MLflow run of each stage that the run's notes name."""
+    notes = read_json(output / "tracking.json")
+    return {stage: client(uri).get_run(run_id) for stage, run_id in notes["runs"].items()}
+
+
+def all_runs_of(uri: str, output: Path) -> list[Any]:
+    """Every MLflow run that carries the run's token, whether its notes name it or not."""
+    experiment = next(iter(runs_of(uri, output).values())).info.experiment_id
+    token = read_json(output / "tracking.json")["token"]
+    return list(client(uri).search_runs([experiment], f"tags.`ldm.run` LIKE '{token}%'"))
+
+
+def points(uri: str, run: Any, key: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client(uri).get_metric_history(run.info.run_id, key)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+# ---- servers -------------------------------------------------------------------------------------
+@contextmanager
+def unhelpful_server(kind: str, port: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """Refuses connections, accepts them and never answers, or answers 500: the address, and what it was asked."""
+    released, asked = threading.Event(), []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            released.wait(0 if kind == "answers 500" else 60)
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    if kind == "refuses":
+        yield "http://127.0.0.1:9", asked
+        return
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Server)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        released.set()
+        server.shutdown()
+        server.server_close()
 
 
 def free_port() -> int:
@@ -78,8 +154,9 @@ import os, sys, time
 from pathlib import Path
 from pipelines import tracking
 from pipelines.settings import TrackingConfig
+from pipelines.shipping.server import prepare_environment
 
-tracking.prepare_environment()
+prepare_environment()
 import mlflow.tracking  # once: the children below begin with it
 
 def run(output, steps):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ldm.config import TrainingConfig
-from ldm.training import copies
+from ldm.training import copies, fetching
 from ldm.training.checkpoint import Stretch, newest, step_name
 from ldm.training.saving import save
 from pipelines.config import compose
@@ -24,14 +25,16 @@ from tests.pipelines.small_cache import config_of, make_cache
 TRAINING = compose([]).training
 
 
-def asked(resume: str | None, skip_samples: list[int] | None = None) -> TrainingConfig:
-    return replace(TRAINING, resume=resume, skip_samples=skip_samples)
+def asked(resume: str | None, skip_samples: list[int] | None = None, **others: Any) -> TrainingConfig:
+    return replace(TRAINING, resume=resume, skip_samples=skip_samples, **others)
 
 
-def put(folder: Path, *steps: int) -> None:
+def put(folder: Path, *steps: int, made_with: TrainingConfig = TRAINING) -> None:
     for step in steps:
         x = torch.full((3,), float(step))
-        save(folder, step, stretches=[Stretch("x", 0, {"weight": x})], ema={"x": x}, config={}, facts={})
+        config = {"settings": {"training": asdict(made_with)}}
+        facts = {"samples_seen": step * made_with.batch_size}
+        save(folder, step, stretches=[Stretch("x", 0, {"weight": x})], ema={"x": x}, config=config, facts=facts)
 
 
 def journal(run: Path) -> Journal:
@@ -71,7 +74,7 @@ def test_nobody_goes_on_from_a_copy_of_the_way_that_was_left(tmp_path: Path) -> 
     go_back(train, asked("step-10"), journal(tmp_path), there)
     assert list(copies.committed(there)) == [step_name(10)]
     shutil.rmtree(train)
-    last = copies.newest(train, there)
+    last = fetching.newest(train, there)
     assert last is not None and last.step == 10
 
 
