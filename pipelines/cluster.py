@@ -2,7 +2,7 @@
 
 `stream` sends shards through a chain of stages: shard 7 is encoded while shard 9 is still being downloaded, each
 stage on its own kind of resource, a bounded number in flight. `run_once` runs a stage that makes one result.
-`launch_training` starts a group of training workers. Tasks are handed names and paths, never pixels.
+`train_once` runs a group of training processes. Tasks are handed names and paths, never pixels.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from pipelines import stopping
 from pipelines.dag import Job
 from pipelines.manifest import Record
-from pipelines.settings import ClusterConfig, Resources, TrainResources
+from pipelines.settings import ClusterConfig, Resources
 
 # Ray reads these when it is imported or started. No statistics are sent, no environment is rebuilt by uv, and Ray
 # leaves the visible GPUs alone for tasks that ask for none.
@@ -40,6 +40,8 @@ STARTS = 3  # of a local Ray, which gives itself 30 seconds, on a busy machine n
 SYSTEM_RETRIES = 3  # of a shard, after a crash of its worker or node, not after an error
 RESTARTS = 20  # of one worker that holds a model: it may be killed while it loads, where no shard is tried
 STOP_SECONDS = 5  # that shards under way are given to end once one said that all would fail
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PREEMPTION_SECONDS = 5.0  # between two looks whether a node is taken away
 NAMESPACE = "latent diffusion"  # of what all runs on a cluster share
 IDLE_SECONDS = 60.0  # after which what nobody asks any more ends
 
@@ -185,7 +187,7 @@ def stream(steps: list[Step], shards: list[int], on_record: Callable[[str, Recor
             continue
         _hand_on(steps[i + 1 :], shard)
     if failed:
-        own = {(step.job.stage, shard): _cause(error) for step, shard, error in failed if _is_own(error)}
+        own = {(step.job.stage, shard): cause_of(error) for step, shard, error in failed if _is_own(error)}
         raise ShardsFailed(_failure(failed), own if len(own) == len(failed) else {})
 
 
@@ -307,11 +309,11 @@ def _failure(failed: list[tuple[Step, int, Exception]]) -> str:
     step, shard, error = next((each for each in failed if _stops_the_run(each[2])), failed[0])
     stage = step.job.stage
     if _stops_the_run(error):
-        return f"{stage} stopped at shard {shard}: {_cause(error, step.job)}"
+        return f"{stage} stopped at shard {shard}: {cause_of(error, step.job)}"
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
         f"{stage}: shard {shard}{others} failed; what else had begun is committed, and the same command goes on from "
-        f"there. First cause: {_smaller(step, error) if _was_killed(error) else _cause(error, step.job)}"
+        f"there. First cause: {_smaller(step, error) if _was_killed(error) else cause_of(error, step.job)}"
     )
 
 
@@ -335,7 +337,7 @@ def _smaller(step: Step, error: Exception) -> str:
     )
 
 
-def _cause(error: Exception, job: Job | None = None) -> str:
+def cause_of(error: Exception, job: Job | None = None) -> str:
     """What went wrong in a worker, without Ray's account of how it heard of it."""
     cause = getattr(error, "cause", None) or error
     said = f"{type(cause).__name__}: {cause}"
@@ -355,7 +357,7 @@ def on_the_driver(job: Job) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise StageFailed(f"{job.stage} failed: {_cause(error, job)}") from error
+        raise StageFailed(f"{job.stage} failed: {cause_of(error, job)}") from error
 
 
 def run_once(module: str, job: Job, resources: Resources) -> Record:
@@ -367,7 +369,7 @@ def run_once(module: str, job: Job, resources: Resources) -> Record:
         return ray.get(ray.remote(max_calls=1, max_retries=0, **needs)(_run_whole).remote(module, job))
     except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError,
             ray.exceptions.OutOfMemoryError) as error:
-        raise StageFailed(f"{job.stage} failed: {_cause(error, job)}") from error
+        raise StageFailed(f"{job.stage} failed: {cause_of(error, job)}") from error
 
 
 def _beside(work: Callable[[], object]) -> None:
@@ -384,64 +386,92 @@ def _beside(work: Callable[[], object]) -> None:
     outcome.result()
 
 
-# Errors of training that a restart would meet again: refusals of ours, mistakes in settings or code, a full disk. All
-# others are what befalls machines, devices and connections.
-MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, FileNotFoundError)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+class GroupFailed(RuntimeError):
+    """A group of training processes ended too early: what each rank that failed met, and whether one of them had to
+    leave, which is no fault of any."""
+
+    def __init__(self, failures: dict[int, Exception], left: bool) -> None:
+        super().__init__(f"{len(failures)} training processes failed")
+        self.failures, self.left = failures, left
 
 
-def _comes_again(error: Exception) -> bool:
-    cause = getattr(error, "cause", None) or error
-    refused = getattr(cause, "stops_the_run", False) or isinstance(cause, MISTAKES)
-    return refused or getattr(cause, "errno", None) in FULL
+class Left(RuntimeError):
+    """A training process was asked to leave, and did so when all had saved."""
 
 
-def launch_training(
-    worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources, scratch: Path
-) -> None:
-    """Runs `worker(arguments)` in a group of processes that share a torch.distributed group, one for each GPU.
+TrainingWorker = Callable[[dict[str, Any], Callable[[], bool]], None]
 
-    A killed process, a lost node or a broken connection starts the group again, up to `max_failures` times: the
-    function finds the newest committed checkpoint itself. Ray Train would do so after every error; one that comes again
-    by nature ends the run here. `scratch` is a folder that all nodes see; Ray Train keeps its own notes there while
-    the group runs.
+
+def train_once(worker: TrainingWorker, arguments: dict[str, Any], job: Job) -> None:
+    """Runs `worker(arguments, should_leave)` in processes that share a torch.distributed group, one for each GPU.
+
+    Raises GroupFailed as soon as one of them fails. `should_leave()` is true once SIGTERM came to this process, or a
+    node of the group is taken away; a worker that returns after that has Left. Ray Train keeps notes of its own in a
+    folder of the stage while the group runs.
     """
-    from ray.train import TrainingFailedError
-
-    restarts = 0
-    while True:
-        try:
-            return _train_once(worker, arguments, resources, scratch)
-        except TrainingFailedError as error:
-            failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
-            rank = next((rank for rank in sorted(failures) if _comes_again(failures[rank])), min(failures))
-            what = f"first in rank {rank}: {_cause(failures[rank])}"
-            if _comes_again(failures[rank]) or restarts == resources.max_failures:
-                raise StageFailed(f"train failed, {what}") from error
-        restarts += 1
-        print(f"training failed, {what.splitlines()[0]}; restart {restarts} of {resources.max_failures}", flush=True)
-
-
-def _train_once(
-    worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], resources: TrainResources, scratch: Path
-) -> None:
-    """One group of workers, until they are done or the first of them fails. Preempted nodes Ray Train replaces."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, PreemptionError, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    name = uuid.uuid4().hex[:12]
+    from ldm.training.watchdog import collective_seconds
+
+    resources, scratch, name = job.how.cluster.train, job.output.path / ".ray", uuid.uuid4().hex[:12]
+    patience = collective_seconds(resources.run.hang_seconds)
     trainer = TorchTrainer(
-        worker,
-        train_loop_config=arguments,
-        torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
+        _in_group,
+        train_loop_config={"worker": worker, "arguments": arguments},
+        torch_config=TorchConfig(
+            backend="nccl" if resources.num_gpus else "gloo",
+            **({} if patience is None else {"timeout_s": math.ceil(patience)}),
+        ),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.num_gpus > 0,
             resources_per_worker={"CPU": resources.num_cpus, "GPU": resources.num_gpus},
         ),
-        run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+        ),
     )
     try:
         _beside(trainer.fit)
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+        left = isinstance(error, PreemptionError) or any(map(_has_left, failures.values()))
+        raise GroupFailed(failures, left) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def _has_left(error: Exception) -> bool:
+    """Whether a process left as it was asked to, or was taken away with its node before it could."""
+    died = getattr(error, "health_check_failure", error)
+    return isinstance(error, Left) or getattr(died, "preempted", False)
+
+
+def _in_group(handed: dict[str, Any]) -> None:
+    """Runs in every training process."""
+    import torch.distributed as dist
+
+    taken_away = threading.Event()
+    threading.Thread(target=_hear_of_preemption, args=(taken_away,), daemon=True).start()
+    with stopping.sigterm_noted() as noted:
+        handed["worker"](handed["arguments"], lambda: noted() or taken_away.is_set())
+        dist.barrier()  # an error ends the others at once: first each of them has come to its end
+        if noted():
+            raise Left("SIGTERM asked this process to leave")
+    if taken_away.is_set():
+        raise Left("a node of the group is taken away")
+
+
+def _hear_of_preemption(taken_away: threading.Event) -> None:
+    """Asks Ray Train whether a node of the group is taken away. It answers once all processes have asked, which no
+    training step should wait for."""
+    from ray.exceptions import RayError
+    from ray.train import get_preemption_info
+
+    with suppress(RayError):  # the group has ended
+        while get_preemption_info() is None:
+            time.sleep(PREEMPTION_SECONDS)
+        taken_away.set()

@@ -11,8 +11,10 @@ every process that the job started, so a job joins the cluster (cluster.address=
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -60,6 +62,21 @@ def asking(ask: Callable[[], None], asked: str) -> Iterator[None]:
         yield
     if caught:
         raise Stopped(caught[0])
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """While the block runs, SIGTERM to this process ends nothing; what is yielded says whether it came.
+
+    It works in any thread: Python takes handlers in the main one only, where Ray's workers have no place for ours. So
+    the handler is faulthandler's, which writes a stack to a file; that there is one is all that is asked.
+    """
+    with tempfile.TemporaryFile() as file:
+        faulthandler.register(signal.SIGTERM, file=file, all_threads=False)
+        try:
+            yield lambda: os.fstat(file.fileno()).st_size > 0
+        finally:
+            faulthandler.unregister(signal.SIGTERM)
 
 
 def warn_of_short_grace() -> None:

@@ -8,15 +8,14 @@ functions. Ray Train is never handed a checkpoint: a restarted worker finds the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config import AutoencoderSettings
-from pipelines import cluster, rewind, stopping
+from pipelines import launching, rewind, stopping
 from pipelines.dag import Job, weights_path
 from pipelines.devices import device_of
 from pipelines.journal import Journal, journal_path
@@ -45,9 +44,9 @@ def run(job: Job) -> Record:
     """Runs on the driver: selection, training, record."""
     prepared = prepare(job)
     stopping.warn_of_short_grace()
-    with stopping.asking((job.output / STOP).touch, "training saves and leaves"), _stacks_named(job):
-        arguments = {"job": job, "selections": prepared.selections}
-        cluster.launch_training(work, arguments, job.how.cluster.train, job.output.path / ".ray")
+    stop = job.output / STOP
+    with stopping.asking(stop.touch, "training saves and leaves"):
+        launching.launch(work, {"job": job, "selections": prepared.selections}, job, stop)
     return commit(job, prepared)
 
 
@@ -63,22 +62,6 @@ def prepare(job: Job) -> Prepared:
     rewind.go_back(job.output.path, job.what["training"], rank_journal(job), copies)
     (job.output / STOP).unlink(missing_ok=True)
     return prepared
-
-
-@contextmanager
-def _stacks_named(job: Job) -> Iterator[None]:
-    """Says where processes that stood still left their stacks, whether or not training went on without them."""
-    before = _stacks(job)
-    try:
-        yield
-    finally:
-        if new := sorted(_stacks(job) - before):
-            limit = job.how.cluster.train.run.hang_seconds
-            print(f"training stood still for {limit:g} s; what each process was doing: {', '.join(map(str, new))}")
-
-
-def _stacks(job: Job) -> set[Path]:
-    return {path for path in (job.output / "stacks").glob("rank-*.txt") if path.stat().st_size}
 
 
 def commit(job: Job, prepared: Prepared) -> Record:
@@ -138,8 +121,11 @@ def cache_data(
     )
 
 
-def work(arguments: dict[str, Any]) -> None:
-    """Runs in every training worker: hands ldm.training.train its settings, its data and its three functions."""
+def work(arguments: dict[str, Any], should_leave: Callable[[], bool] = lambda: False) -> None:
+    """Runs in every training worker: hands ldm.training.train its settings, its data and its three functions.
+
+    Once one process should leave, all save and leave.
+    """
     import torch
 
     from ldm.config import TrainSettings
@@ -173,7 +159,7 @@ def work(arguments: dict[str, Any]) -> None:
         log_grid=log_grid,
         log_checkpoint=lambda kept, removed: journal_checkpoints(journal, kept, removed),
         tell=lambda subject, words: journal.tags({subject: words}),
-        should_stop=lambda: (job.output / STOP).exists(),
+        should_stop=lambda: should_leave() or (job.output / STOP).exists(),
         peak_flops=gpu and gpu.peak_flops,
     )  # fmt: skip
     journal.close()
