@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.storage import StorageError, check, is_remote, place
+from ldm.training import may_change
 from pipelines import rewind
 from pipelines.bucket import stage_folder
 from pipelines.config import Config, ConfigError, plain, section
@@ -83,7 +84,7 @@ STAGES = {
     "train": Stage(
         "whole", ("filter_metadata", "filter_images", "precompute_latents"),
         ("dataset.selection", "dataset.mixture", "autoencoder", "text_encoder", "unet", "diffusion", "training"),
-        grows=("training.max_steps",), requests=("training.accept", "training.resume", "training.skip_samples")),
+        grows=may_change.GROWS, requests=may_change.REQUESTS, how=may_change.SHOWN),
     "generate": Stage(
         "whole", ("train", "precompute_latents"), ("generation", "autoencoder"), many=True),
     "evaluate": Stage(

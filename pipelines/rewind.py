@@ -20,7 +20,7 @@ from typing import Any
 
 from ldm import storage
 from ldm.aside import set_aside
-from ldm.config import TrainingConfig
+from ldm.config import TrainingConfig, TrainingRunConfig
 from pipelines.journal import Journal, last_step, rewinds_in
 from pipelines.manifest import FORMAT, check_format, read_json, write_json
 
@@ -49,6 +49,10 @@ def go_back(folder: Path, training: TrainingConfig, journal: Journal, copies: An
 
             disown(copies, step)
         place = set_aside(folder, later)
+        for name in later:  # in the run that is left: they lie elsewhere now
+            if name != "record.json":
+                journal.model_removed(f"{folder.parent.name}-{name}", _step(name))
+        journal.tags({f"set_aside/{place.name}": f"{', '.join(later)} in {place}"})
         journal.rewind(step, ", ".join(_changes(folder / f"step-{step:08d}", training)))
         note = {"request": _request(training), "time": time.time(), "aside": place.name, "moved": later}
         write_json(folder / NOTES, {"format": FORMAT, "rewinds": [*_notes(folder), note]})
@@ -58,6 +62,15 @@ def go_back(folder: Path, training: TrainingConfig, journal: Journal, copies: An
             print(f"training went back to {training.resume} before, on this very request, and goes on from there")
         _follow_settings(folder, training, journal, copies)
     journal.close()
+
+
+def leave_copies(run: TrainingRunConfig, folder: Path) -> None:
+    """Training begins anew, and nobody goes on from copies of what it had made before."""
+    from ldm.training.copies import disown, place_of
+
+    place = place_of(run, folder)
+    if place is not None and (left := disown(place, -1)):
+        print(f"overwrite=true: the copies {', '.join(left)} in {place} are set aside: no training goes on from them")
 
 
 def _follow_settings(folder: Path, training: TrainingConfig, journal: Journal, copies: Any | None) -> None:

@@ -117,6 +117,8 @@ def run(config: Config, command: str) -> int:
                 _hold(dag, stage, stack)
         if any(stage in ("train", "generate") and not statuses[stage].done for stage in wanted):
             _check_model(config)
+        if "train" in wanted and not statuses["train"].done:
+            _check_begin(dag)
         _run_stages(dag, wanted, command, stack)
     print(summary(dag, wanted))
     print(pointers(dag))
@@ -134,6 +136,8 @@ def _statuses(dag: Dag, wanted: list[str], stack: ExitStack) -> dict[str, Status
                 if not dag.config.overwrite or error.folder.stage not in wanted:
                     raise
                 _hold(dag, error.folder.stage, stack)
+                if error.folder.stage == "train":
+                    rewind.leave_copies(dag.config.cluster.train.run, error.folder.path)
                 print(f"overwrite=true: deleting what is stale in {error.folder.path}")
                 error.folder.clear(error.shards)
     return statuses
@@ -197,6 +201,21 @@ def _check_model(config: Config) -> None:
 
     try:
         check_model(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_begin(dag: Dag) -> None:
+    """Refuses a training that could not copy its checkpoints, or lacks the weights that it begins with."""
+    from ldm.training.copies import check_place
+
+    run, start, home = dag.config.cluster.train.run, dag.config.training.start_from, dag.home("train")
+    try:
+        check_place(run, home)
+        if start is not None and run.copy_to is None and not any(home.glob("step-*")):
+            weights_path(start)
+    except ConfigError as error:
+        raise ConfigError(f"training.start_from: {error}; it is the ema.safetensors of a run of this model") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -7,14 +7,15 @@ from ldm.config import DiffusionConfig, TrainSettings
 from ldm.diffusion import objective
 from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.training import lr
-from ldm.training.going_on import ACCEPTABLE, is_range
+from ldm.training.going_on import is_range
 from ldm.training.grid import grid_config
+from ldm.training.may_change import ACCEPTABLE, FREE
 
 
 def check(settings: TrainSettings) -> None:
     """Refuses settings that cannot be followed, before anything is loaded."""
     training = settings.training
-    if unknown := sorted(set(training.accept or ()) - set(ACCEPTABLE)):
+    if unknown := sorted(set(training.accept or ()) - {*ACCEPTABLE, *FREE}):
         raise ValueError(f"training.accept has {unknown}; a run that goes on may change: {', '.join(ACCEPTABLE)}")
     if training.skip_samples is not None and not is_range(training.skip_samples):
         raise ValueError(f"training.skip_samples is {training.skip_samples}; it is [a, b] with 0 <= a < b, or null")
@@ -29,6 +30,11 @@ def check(settings: TrainSettings) -> None:
         raise ValueError(
             f"text_encoder.canvas is {text.canvas}; a text encoder of kind 'clip' is frozen and cannot learn to draw "
             f"on one: set it to null"
+        )
+    if training.held_out_shards and training.validate_every_steps and training.validation_samples < 1:
+        raise ValueError(
+            f"training.validation_samples is {training.validation_samples}, a loss over nothing; it must be a multiple "
+            f"of training.batch_size, {training.batch_size}, or training.validate_every_steps null"
         )
     if training.held_out_shards and training.validation_samples % training.batch_size:
         raise ValueError(

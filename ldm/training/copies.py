@@ -2,8 +2,7 @@
 
 One thread of the first process copies what is committed, the newest first: its files, then COMMITTED. No step waits for
 it; what cannot be copied is tried again, later and later, and never stops the training. Of the copies the same stay as
-of the checkpoints. A training that finds more there than here fetches the newest that verifies, every process its share
-of the files, and goes on from it.
+of the checkpoints. How they are fetched: ldm/training/fetching.py.
 """
 
 from __future__ import annotations
@@ -14,9 +13,12 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from ldm.config import TrainingRunConfig
 from ldm.crash import crash_point
 from ldm.storage import is_remote
 from ldm.training import checkpoint, keeping, sealing
-from ldm.training.checkpoint import Checkpoint, NotWhole, Tell
-from ldm.training.together import by_first, each, rank, world_size
+from ldm.training.checkpoint import Tell
+from ldm.training.keeping import PINNED
 
 PAUSES = (1.0, 300.0)  # seconds before a copy is tried again: at first, and at most; every one is twice the last
 END_SECONDS = 600.0  # that the end of a training waits for what is not copied yet
@@ -55,6 +57,7 @@ class Copier:
         self._there: dict[str, Copy] | None = None  # not known before the first look
         self._damaged: set[str] = set()
         self._news = threading.Condition()
+        self._choosing = threading.Lock()
         self._look, self._deadline = True, math.inf
         self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
 
@@ -68,6 +71,12 @@ class Copier:
         with self._news:
             self._look = True
             self._news.notify()
+
+    @contextmanager
+    def standing_still(self) -> Iterator[Path | None]:
+        """Meanwhile nothing more is chosen to be copied; what is being copied already must stay."""
+        with self._choosing:
+            yield self.under_way
 
     def __exit__(self, *_: object) -> None:
         """Waits until all is copied, as long as its patience lasts; the next training copies what is left."""
@@ -109,8 +118,7 @@ class Copier:
         try:
             if self._there is None:
                 self._there = _copies_at(self.place)
-            while (path := self._next(self._there)) is not None:
-                self.under_way = path
+            while (path := self._choose(self._there)) is not None:
                 self._copy(path, self._there)
         except Exception as error:  # whatever it is, training goes on, and somebody is told
             return f"{type(error).__name__}: {error}"
@@ -118,10 +126,15 @@ class Copier:
             self.under_way = None
         return ""
 
+    def _choose(self, there: dict[str, Copy]) -> Path | None:
+        with self._choosing:
+            self.under_way = self._next(there)
+            return self.under_way
+
     def _next(self, there: dict[str, Copy]) -> Path | None:
         """The newest checkpoint that is not there and would stay there."""
         here = {path.name: copy for path in checkpoint.steps(self.home) if (copy := _local(path)) is not None}
-        stay = _staying({**there, **here}, self.run)
+        stay = _staying({**there, **here}, self.run) | self._pinned()
         missing = [
             name for name in here if name in stay and there.get(name) != here[name] and name not in self._damaged
         ]
@@ -146,18 +159,25 @@ class Copier:
         crash_point("copy_before_committed")
         _send(path / "COMMITTED", target / "COMMITTED")
         there[path.name] = copy
+        if path.name in self._pinned():
+            put_whole(target / PINNED, b"")
         self._say("newest", f"{max(there)} in {self.place}")
         return self._tidy(there)
 
     def _tidy(self, there: dict[str, Copy]) -> None:
         """Removes copies as checkpoints are removed, and what copies that were cut short have left."""
-        stay = _staying(there, self.run)
+        stay, pinned = _staying(there, self.run), self._pinned() & there.keys()
         for name, files in _by_folder(self.place).items():
-            if name not in stay and SET_ASIDE not in files:
+            if name in pinned and PINNED not in files:  # since it was copied
+                put_whole(self.place / name / PINNED, b"")
+            elif name not in stay and not {SET_ASIDE, PINNED} & files:
                 there.pop(name, None)
                 _remove(self.place / name, sorted(files, key=lambda file: file != "COMMITTED"))
         if is_remote(self.place):
             storage.abort_uploads(self.place)
+
+    def _pinned(self) -> set[str]:
+        return {path.parent.name for path in self.home.glob(f"step-*/{PINNED}")}
 
     def _say(self, subject: str, words: str) -> None:
         log.info("copies/%s: %s", subject, words)
@@ -175,6 +195,29 @@ def place_of(run: TrainingRunConfig, home: Path) -> Any | None:
             f"since every node begins in a folder of its own"
         )
     return storage.place(run.copy_to) / home.parent.name / home.name
+
+
+def check_place(run: TrainingRunConfig, home: Path) -> None:
+    """Raises ValueError where nothing can be copied to: a small file is written there, or nearest to it, and removed.
+
+    A training would go on without copies, and tell of it where it may be read too late.
+    """
+    try:
+        if (where := place_of(run, home)) is None:
+            return
+        if is_remote(where):
+            storage.check(where, "cluster.train.run.copy_to")
+            probe = f".probe-{uuid.uuid4().hex}"
+            storage.put(where / probe, b"")
+            storage.remove([where / probe])
+        else:
+            nearest = next(folder for folder in (where, *where.parents) if folder.exists())
+            tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(
+            f"cluster.train.run.copy_to={run.copy_to}: checkpoints cannot be copied there: {error}; name a place that "
+            f"can be written to, or null"
+        ) from error
 
 
 def _staying(copies: dict[str, Copy], run: TrainingRunConfig) -> set[str]:
@@ -217,113 +260,17 @@ def committed(place: Any) -> dict[str, bytes]:
     }
 
 
-def disown(place: Any, step: int) -> None:
+def disown(place: Any, step: int) -> list[str]:
     """Training goes back to `step`: later copies stay where they lie, and nobody takes them for checkpoints."""
-    for name, sha256 in committed(place).items():
-        if checkpoint.step_of(name) > step:
-            _set_aside(place / name, sha256)
+    later = {name: sha256 for name, sha256 in committed(place).items() if checkpoint.step_of(name) > step}
+    for name, sha256 in later.items():
+        set_aside(place / name, sha256)
+    return sorted(later)
 
 
-def _set_aside(folder: Any, sha256: bytes) -> None:
-    _put(folder / SET_ASIDE, sha256)
+def set_aside(folder: Any, sha256: bytes) -> None:
+    put_whole(folder / SET_ASIDE, sha256)
     _remove(folder, ["COMMITTED"])
-
-
-# ---- fetching ----------------------------------------------------------------------------------------------
-def newest(home: Path, place: Any | None, tell: Tell | None = None) -> Checkpoint | None:
-    """The newest checkpoint that verifies, of this disk or fetched from the place; all processes call it.
-
-    A place that does not answer stops nobody who has a checkpoint here.
-    """
-    here, lost = None, None
-    try:
-        here = checkpoint.newest(home, finish=True, tell=tell)
-    except NotWhole as error:
-        lost = error
-    if place is not None:
-        offered = _offered(place, here, tell)
-        newer = [name for name in offered if here is None or checkpoint.step_of(name) > here.step]
-        for name in sorted(newer, reverse=True):
-            if _fetch(home, place / name, offered[name], tell):
-                by_first(lambda name=name: _take(home, name, offered[name], lost, tell))
-                return checkpoint.opened(home / name)
-        if here is None and lost is None and newer:
-            raise NotWhole(f"none of the copies in {place} is whole, and there is no checkpoint in {home}; remove them "
-                           f"to train from step 0")  # fmt: skip
-    if lost is not None:
-        raise lost
-    return here
-
-
-def _offered(place: Any, here: Checkpoint | None, tell: Tell | None) -> dict[str, bytes]:
-    try:
-        return by_first(lambda: committed(place))
-    except OSError as error:
-        if here is None:
-            raise
-        if rank() == 0 and tell is not None:
-            tell("copies/trouble", f"{place} does not say what it holds; training goes on from {here.path}: {error}")
-        return {}
-
-
-def _fetch(home: Path, source: Any, sha256: bytes, tell: Tell | None) -> bool:
-    """Brings the files of a copy to this disk, each process its share; says why not where it is not whole."""
-    folder = _fetched(home, source.name)
-    by_first(lambda: _begin_anew(folder))
-    found = [problem for share in each(lambda: _fetch_share(source, sha256, folder)) for problem in share]
-    if found:
-        by_first(lambda: _refuse(source, sha256, sorted(set(found)), tell))
-        by_first(lambda: shutil.rmtree(folder))
-    return not found
-
-
-def _refuse(source: Any, sha256: bytes, found: list[str], tell: Tell | None) -> None:
-    """What lies there counts for nothing any more: neither among the copies that stay nor at the next start."""
-    message = f"{source} is not taken: {'; '.join(found)}"
-    log.warning("%s", message)
-    if tell is not None:
-        tell(f"refused/copy-of-{source.name}", message)
-    _set_aside(source, sha256)
-
-
-def _begin_anew(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _fetch_share(source: Any, sha256: bytes, folder: Path) -> list[str]:
-    """This process's files of a copy; returns what is wrong with them."""
-    try:
-        manifest = storage.read(source / "manifest.json")
-    except FileNotFoundError:
-        return ["manifest.json is missing"]
-    if hashlib.sha256(manifest).hexdigest().encode() != sha256:
-        return ["manifest.json does not have the sha256 that COMMITTED names"]
-    if rank() == 0:
-        _put(folder / "manifest.json", manifest)
-    found = []
-    for name, known in sorted(json.loads(manifest)["files"].items())[rank() :: world_size()]:
-        try:
-            _get(source / name, folder / Path(name).name)
-        except FileNotFoundError:
-            found.append(f"{name} is missing")
-        else:
-            if sealing.seal(folder / name) != known:
-                found.append(f"{name} does not have the sha256 of its manifest")
-    return found
-
-
-def _take(home: Path, name: str, sha256: bytes, lost: NotWhole | None, tell: Tell | None) -> None:
-    """What was fetched becomes a checkpoint of this disk, in place of those that are not whole."""
-    if lost is not None:
-        checkpoint.refuse(home, lost.refused, tell)
-    sealing.adopt(_fetched(home, name), home / name, sha256.decode())
-    log.info("%s was fetched", home / name)
-
-
-def _fetched(home: Path, name: str) -> Path:
-    return home / f"{name}.tmp-fetched"
 
 
 # ---- files, on disk or on an object store ------------------------------------------------------------------
@@ -341,7 +288,7 @@ def _by_folder(place: Any) -> dict[str, set[str]]:
     return found
 
 
-def _put(target: Any, data: bytes) -> None:
+def put_whole(target: Any, data: bytes) -> None:
     """A small file, whole or not at all."""
     if is_remote(target):
         return storage.put(target, data)
@@ -364,13 +311,6 @@ def _place(part: Path, target: Path) -> None:
         os.fsync(file.fileno())
     os.replace(part, target)
     sealing.sync_folder(target.parent)
-
-
-def _get(source: Any, target: Path) -> None:
-    if is_remote(source):
-        storage.get_file(source, target)
-    else:
-        shutil.copyfile(source, target)
 
 
 def _remove(folder: Any, names: Iterable[str]) -> None:

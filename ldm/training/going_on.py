@@ -6,49 +6,35 @@ against them before anything is loaded; a difference is refused by name, unless 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from ldm.config import TrainingConfig, TrainSettings
 from ldm.models.denoiser import Denoiser
+from ldm.storage import sha256_file
 from ldm.training import checkpoint, lr
-from ldm.training.frozen import Frozen
 from ldm.training.loader import TrainData
-
-# What may change when a run goes on: how far, what is shown, where equal files lie.
-FREE = (
-    "training.max_steps",  # but for schedules that fall to an end there
-    "training.start_from",
-    "training.resume",
-    "training.skip_samples",
-    "training.accept",
-    "training.log_every_steps",
-    "training.grid",
-    "training.validate_every_steps",
-    "training.validation_samples",
-    "training.deterministic",
-    "text_encoder.vocab_file",
-    "text_encoder.weights",
-)
-
-# What may change when training.accept names it.
-ACCEPTABLE = tuple(
-    f"training.{name}"
-    for name in (
-        "max_steps", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "lr_end", "beta1", "beta2",
-        "epsilon", "weight_decay", "gradient_clipping", "caption_dropout", "precision", "ema_decay",
-        "max_skipped_batches",
-    )
-)  # fmt: skip
+from ldm.training.may_change import ACCEPTABLE, FREE, GROWS
+from ldm.training.together import by_first
 
 
-def run_config(settings: TrainSettings, data: TrainData, frozen: Frozen) -> dict[str, Any]:
-    """What config.json says: enough to build the model again, what it was trained on, and beside which frozen part."""
+def run_config(settings: TrainSettings, data: TrainData) -> dict[str, Any]:
+    """What config.json says: enough to build the model again, and what it was trained on.
+
+    The digests of what is frozen beside it come to it as "frozen" once that is loaded.
+    """
     known = {name: getattr(data, name) for name in ("edition", "selection", "field", "latent_shape", "scale_factor")}
-    return json.loads(json.dumps({"settings": asdict(settings), "data": known, "frozen": frozen.digests()}))
+    return json.loads(json.dumps({"settings": asdict(settings), "data": known}))
+
+
+def identity(config: dict[str, Any]) -> str:
+    """By what a training is known from its first step on: what it began with. Its later checkpoints carry it on."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def accepted_changes(
@@ -59,13 +45,13 @@ def accepted_changes(
     Raises ValueError when other settings or other data are asked for than it was made from, and nobody accepted that.
     """
     training = settings.training
-    free = FREE[1:] if training.lr_schedule in lr.FALLING else FREE
+    free = tuple(key for key in FREE if key not in GROWS or training.lr_schedule not in lr.FALLING)
     found = [
         line
         for part in ("settings", "data", "frozen")
-        if part in last.config  # no hash of the frozen part was kept before it left the engine
+        if part in last.config and part in config  # the frozen part is not loaded yet, or was kept without a hash
         for line in differences(last.config[part], config[part])
-        if not line.startswith(free)
+        if not _is_of(line, free)
     ]
     refused = [line for line in found if line.partition(":")[0] not in (training.accept or ())]
     if refused:
@@ -82,6 +68,11 @@ def accepted_changes(
             "caches: the order of samples depends on it, and some would be seen twice and others never"
         )
     return found
+
+
+def _is_of(difference: str, keys: tuple[str, ...]) -> bool:
+    """Whether it is in one of these settings, or below one."""
+    return any(f"{difference.partition(':')[0]}.".startswith(f"{key}.") for key in keys)
 
 
 def differences(there: Any, now: Any, path: str = "") -> list[str]:
@@ -112,19 +103,49 @@ def rate_change(
     ]
 
 
+# ---- samples that are left out ------------------------------------------------------------------------------
 def is_range(samples: list[int]) -> bool:
     return len(samples) == 2 and 0 <= samples[0] < samples[1]
 
 
-def check_skipped_samples(training: TrainingConfig, samples_seen: int) -> None:
-    """Raises ValueError where the first sample to leave out is not the first of a batch."""
-    if training.skip_samples is None or (first := training.skip_samples[0]) <= samples_seen:
+def check_skipped_samples(
+    training: TrainingConfig, data: TrainData, samples_seen: int, history: list[dict[str, Any]], home: Path
+) -> None:
+    """Raises ValueError where samples cannot be left out as training.skip_samples says.
+
+    They must be still to come, or have been left out before, and begin where a batch does. Where a batch is of one
+    shape and one cache, they must end there too.
+    """
+    if training.skip_samples is None:
         return
-    if over := (first - samples_seen) % training.batch_size:
+    (first, end), batch = training.skip_samples, training.batch_size
+    left_out = [entry["skipped_samples"] for entry in history if "skipped_samples" in entry]
+    if any(first <= a < end == b for a, b in left_out):
+        return
+    if first < samples_seen:
+        raise ValueError(_too_late(first, samples_seen, home))
+    if over := (first - samples_seen) % batch:
         raise ValueError(
-            f"training.skip_samples begins at {first}, in the middle of a batch of {training.batch_size}; the batches "
-            f"around it begin at {first - over} and {first - over + training.batch_size}"
+            f"training.skip_samples begins at {first}, in the middle of a batch of {batch}; the batches around it "
+            f"begin at {first - over} and {first - over + batch}"
         )
+    if (data.shapes or data.caches) and (over := end % batch):
+        raise ValueError(
+            f"training.skip_samples ends at {end}; with pictures of several shapes, or several caches, every {batch} "
+            f"samples of the order are one batch and cannot be taken apart: it may end at {end - over} or "
+            f"{end - over + batch}"
+        )
+
+
+def _too_late(first: int, samples_seen: int, home: Path) -> str:
+    seen = {path.name: json.loads((path / "manifest.json").read_bytes())["samples_seen"]
+            for path in checkpoint.steps(home) if not checkpoint.problems(path, share=None)}  # fmt: skip
+    before = [f"{name} ({samples} samples)" for name, samples in seen.items() if samples <= first]
+    way = f"training.resume=NAME goes back to one of: {', '.join(before)}" if before else "no checkpoint is older"
+    return (
+        f"training.skip_samples begins at {first}, and {samples_seen} samples were seen before this checkpoint: what "
+        f"was trained on cannot be left out any more; {way}"
+    )
 
 
 def after_skipped(skipped: list[int] | None, samples_seen: int) -> int:
@@ -132,12 +153,35 @@ def after_skipped(skipped: list[int] | None, samples_seen: int) -> int:
     return skipped[1] if skipped is not None and skipped[0] <= samples_seen < skipped[1] else samples_seen
 
 
+# ---- where a new run begins ---------------------------------------------------------------------------------
 def start_from(denoiser: Denoiser, path: str) -> None:
-    """Gives a new model the averaged weights of another run of the same model, at another resolution for example."""
-    missing, unexpected = denoiser.load_state_dict(load_file(path), strict=False)
-    trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
-    if wrong := sorted(trained & set(missing)) + unexpected:
+    """Gives a new model the averaged weights of another run of the same model, at another resolution for example.
+
+    Where the file lies in a checkpoint it must be what that one committed. All processes call it.
+    """
+    by_first(lambda: _verify(Path(path)))
+    weights = load_file(path)
+    trained = {name: tuple(p.shape) for name, p in denoiser.named_parameters() if p.requires_grad}
+    known = {name: tuple(x.shape) for name, x in denoiser.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    wrong = [f"{name} is missing" for name in sorted(trained.keys() - found.keys())]
+    wrong += [f"{name} is {list(shape)}, where the model has {list(known[name]) if name in known else 'none'}"
+              for name, shape in sorted(found.items()) if known.get(name) != shape]  # fmt: skip
+    if wrong:
         raise ValueError(
             f"training.start_from={path} is of another model: it differs in {len(wrong)} of {len(trained)} weights, "
-            f"{wrong[0]} the first; unet and text_encoder must be those of the run that made it"
+            f"{'; '.join(wrong[:3])}; unet and text_encoder must be those of the run that made it"
+        )
+    denoiser.load_state_dict(weights, strict=False)
+
+
+def _verify(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"training.start_from={path}: there is no such file, and no checkpoint to go on from")
+    manifest = path.parent / "manifest.json"
+    known = json.loads(manifest.read_bytes())["files"].get(path.name) if manifest.is_file() else None
+    if known is not None and sha256_file(path) != known["sha256"]:
+        raise ValueError(
+            f"training.start_from={path} does not have the sha256 that {manifest} names: it is damaged, or another "
+            f"file was put in its place; bring it back from a copy"
         )

@@ -12,18 +12,18 @@ from ldm.training.checkpoint import Tell
 from ldm.training.copies import Copier
 from ldm.training.keeping import retain
 from ldm.training.saving import Saving
-from ldm.training.together import rank
+from ldm.training.together import by_first
 
-LogCheckpoint = Callable[[Path, list[str]], None]  # the folder of one, the names of those removed for it
+LogCheckpoints = Callable[[], None]  # those in the folder may be others than before
 
 
 class Keeper:
     """Begins checkpoints, commits them and removes those whose place they take; all processes call it alike."""
 
     def __init__(
-        self, output: Path, run: TrainingRunConfig, copier: Copier, tell: Tell | None, log_checkpoint: LogCheckpoint
+        self, output: Path, run: TrainingRunConfig, copier: Copier, tell: Tell | None, log_checkpoints: LogCheckpoints
     ) -> None:
-        self.output, self.run, self.copier, self.tell, self.log_checkpoint = output, run, copier, tell, log_checkpoint
+        self.output, self.run, self.copier, self.tell, self.log_checkpoints = output, run, copier, tell, log_checkpoints
         self._saving: Saving | None = None
         self._began = time.monotonic()
 
@@ -43,10 +43,16 @@ class Keeper:
         """Commits the one under way, if any; not `tidy`: what has to go for it stays until the next."""
         if self._saving is None:
             return
-        kept, self._saving = self._saving.commit(), None
-        if rank() == 0:
+        self._saving.commit()
+        self._saving = None
+        by_first(lambda: self._keep(tidy))
+
+    def _keep(self, tidy: bool) -> None:
+        """It is told of before others go for it, which takes as long as they are large."""
+        self.log_checkpoints()
+        if tidy:
             run = self.run
-            rules = (run.keep_checkpoints, run.keep_every_steps, run.keep_best)
-            gone = retain(self.output, *rules, self.tell, but=self.copier.under_way) if tidy else []
-            self.log_checkpoint(kept, gone)
-            self.copier.look()
+            with self.copier.standing_still() as under_way:
+                retain(self.output, run.keep_checkpoints, run.keep_every_steps, run.keep_best, self.tell, under_way)
+            self.log_checkpoints()
+        self.copier.look()

@@ -1,7 +1,7 @@
 """The training of a latent diffusion model, read from top to bottom.
 
 It sees torch.distributed and six functions: decode(z0) -> image, log(step, values), log_grid(step, png, name),
-log_checkpoint(kept, removed), tell(subject, words) and should_stop(). What launches it, and where numbers go, is the
+log_checkpoints(), tell(subject, words) and should_stop(). What launches it, and where numbers go, is the
 business of others; so the same function runs under Ray Train, under torchrun, and in a single process. It can be killed
 at any moment and started again: it goes on from the newest whole checkpoint, and on an equal number of processes ends
 in the same bits as if nothing had happened.
@@ -13,11 +13,11 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ldm.config import TrainingRunConfig, TrainSettings
 from ldm.diffusion.schedule import add_noise
@@ -25,19 +25,27 @@ from ldm.models.attention import AttentionBlock, SpatialTransformer
 from ldm.models.blocks import ResBlock, checkpoint_activations
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import make_tokenizer
-from ldm.training import checkpoint, copies, keeping, lr
+from ldm.training import checkpoint, copies, fetching, keeping, lr
 from ldm.training.bad_batches import TooManyBadBatches, non_finite, refusable, refusal
 from ldm.training.budget import costs_of
 from ldm.training.checks import check, schedule_of
 from ldm.training.ema import Ema
 from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, check_kept, join
 from ldm.training.frozen import Frozen
-from ldm.training.going_on import accepted_changes, after_skipped, check_skipped_samples, run_config, start_from
+from ldm.training.going_on import (
+    accepted_changes,
+    after_skipped,
+    check_skipped_samples,
+    identity,
+    run_config,
+    start_from,
+)
 from ldm.training.grid import Decode, sample_grid
-from ldm.training.keeper import Keeper, LogCheckpoint
+from ldm.training.keeper import Keeper, LogCheckpoints
 from ldm.training.loader import TrainData, allow_open_files, hold_out
 from ldm.training.meter import Agreed, Meter, any_says
 from ldm.training.step import loss_of, make_loader, null_context, seed_dropout
+from ldm.training.together import by_first
 from ldm.training.validation import validation_loss
 from ldm.training.watchdog import Watchdog, collective_seconds
 
@@ -57,17 +65,17 @@ def train(
     log: Log,
     log_grid: LogGrid,
     should_stop: Callable[[], bool],
-    log_checkpoint: LogCheckpoint = lambda kept, removed: None,
+    log_checkpoints: LogCheckpoints = lambda: None,
     tell: checkpoint.Tell | None = None,
     peak_flops: float | None = None,
 ) -> int:
     """Trains up to `max_steps` or until `should_stop`; returns the step of the last checkpoint, in `output`.
 
-    `decode` (scaled z0 -> image in [-1, 1]), `log`, `log_grid` and `log_checkpoint` (the folder of one, the names of
-    those removed for it) and `tell` (a subject, what somebody should know who reads no logs) are called in the first
-    process only, `should_stop` in all of them, before anything is loaded (then 0 is
-    returned), before the first step and after every step: one that says so stops all. With `peak_flops`, what one
-    device can do in a second, the log also says what share of it is reached.
+    `decode` (scaled z0 -> image in [-1, 1]), `log`, `log_grid` and `log_checkpoints` (those in `output` are looked at,
+    and may be others than before) and `tell` (a subject, what somebody should know who reads no logs) are called in the
+    first process only; `should_stop` in all of them, before anything is loaded (then 0 is returned), before the first
+    step and after every step: one that says so stops all. With `peak_flops`, what one device can do in a second, the
+    log also says what share of it is reached.
     """
     training, diffusion = settings.training, settings.diffusion
     torch.set_num_threads(run.threads)
@@ -95,11 +103,17 @@ def train(
         if any_says(should_stop(), world):
             return 0
 
+        # Where the last run got to, looked at before anything is loaded for it.
+        config = run_config(settings, data)
+        by_first(lambda: keeping.sweep(output))
+        place = copies.place_of(run, output)
+        last = fetching.newest(output, place, tell, lambda found: accepted_changes(found, config, settings, data))
+
         # Model: what is trained in one module, which the engine shares out; beside it what is frozen, and averages.
         watchdog.reset(long=True)
         torch.manual_seed(training.seed)
         denoiser = make_denoiser(settings.unet, settings.text_encoder)
-        if training.start_from is not None:
+        if training.start_from is not None and last is None:
             start_from(denoiser, training.start_from)
         denoiser.to(world.device)
         frozen = Frozen(denoiser, training.precision)
@@ -122,17 +136,14 @@ def train(
             stack.enter_context(closing(held_out_loader))
         allow_open_files(*filter(None, (loader, held_out_loader)))
 
-        # Where the last run got to.
+        # What the last run had learned.
         watchdog.reset(long=True)
-        config = run_config(settings, data, frozen)
-        if first:
-            keeping.sweep(output)
-        dist.barrier()
+        config["frozen"] = frozen.digests()
         step = saved = samples_seen = skipped = overflows = 0
         history: list[dict[str, Any]] = []  # where the run went another way than its settings alone would say
-        place = copies.place_of(run, output)
-        if (last := copies.newest(output, place, tell)) is not None:
-            watchdog.reset(long=True)
+        run_id = identity(config)
+        if last is not None:
+            run_id = last.manifest.get("run", run_id)  # absent before copies were held against it
             changed = accepted_changes(last, config, settings, data)
             step, saved, samples_seen = last.step, last.step, last.manifest["samples_seen"]
             skipped = last.manifest.get("skipped_batches", 0)  # absent before batches were left out
@@ -143,10 +154,11 @@ def train(
             last.close()
             found = f"goes on from {last.path}, after {samples_seen} samples, on {world.world_size} processes"
             say(f"resumed/{last.path.name}", found)
-        check_skipped_samples(training, samples_seen)
+        check_skipped_samples(training, data, samples_seen, history, output)
         batches = loader.batches(samples_seen)
         copier = stack.enter_context(copies.Copier(output, place if first else None, run, tell))
-        keeper = Keeper(output, run, copier, tell, log_checkpoint)
+        keeper = Keeper(output, run, copier, tell, log_checkpoints)
+        by_first(log_checkpoints)
         flop = None
         if peak_flops is not None and first:
             costs = costs_of(settings, data.latent_shape)
@@ -180,19 +192,22 @@ def train(
                     weights |= engine.buffers()
                 if due_save:
                     facts = {
+                        "run": run_id,
                         "samples_seen": samples_seen,
                         "skipped_batches": skipped,
                         "history": history,
                         "loss_scale": engine.scaler_state(),
                         "validation_loss": validated,
+                        "validation_samples": training.validation_samples,
                         "world_size": world.world_size,
                         "zero_stage": run.zero_stage,
                     }
                     keeper.begin(step, stretches=engine.states(), ema=weights, config=config, facts=facts)
                     saved = step
-            if due_grid and weights is not None:
-                png = sample_grid(settings, data, weights, frozen, schedule, tokenizer, decode, step)
-                log_grid(step, png, "samples")
+            if due_grid:
+                draw = partial(sample_grid, settings, data, weights, frozen, schedule, tokenizer, decode, step)
+                by_first(lambda draw=draw, step=step: log_grid(step, draw(), "samples"))
+                del draw
             del weights
             shown, validated = step, None  # a batch that is left out comes by here without a step
             if done:

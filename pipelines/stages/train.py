@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import AutoencoderSettings
 from pipelines import launching, rewind, stopping
-from pipelines.dag import Job, weights_path
+from pipelines.dag import ROOT, Job
 from pipelines.devices import device_of
-from pipelines.journal import Journal, journal_path
+from pipelines.journal import Journal, journal_path, read_entries
 from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file, write_whole
 from pipelines.selecting.decided import Prepared, decide
 from pipelines.selection import read_selection
@@ -52,8 +52,9 @@ def run(job: Job) -> Record:
 
 def prepare(job: Job) -> Prepared:
     """Decides which samples are used, goes back where that is asked for, and forgets that a run was asked to stop."""
-    from ldm.training.copies import place_of
+    from ldm.training.copies import check_place, place_of
 
+    check_place(job.how.cluster.train.run, job.output.path)
     caches = caches_of(job)
     records = {cache.name: closed_records(cache.latents) for cache in caches}
     check_caches(caches, records, job)
@@ -141,7 +142,7 @@ def work(arguments: dict[str, Any], should_leave: Callable[[], bool] = lambda: F
     data = train_data(job, arguments["selections"])
     what = job.what
     start = what["training"].start_from
-    training = replace(what["training"], start_from=start and str(weights_path(start)))
+    training = replace(what["training"], start_from=start and str(ROOT / start))
     settings = TrainSettings(
         training=training, diffusion=what["diffusion"], unet=what["unet"], text_encoder=what["text_encoder"]
     )
@@ -157,7 +158,7 @@ def work(arguments: dict[str, Any], should_leave: Callable[[], bool] = lambda: F
         decode=decoder(job),
         log=lambda step, values: journal.metrics(values, step=step),
         log_grid=log_grid,
-        log_checkpoint=lambda kept, removed: journal_checkpoints(journal, kept, removed),
+        log_checkpoints=teller_of_checkpoints(journal, job.output.path),
         tell=lambda subject, words: journal.tags({subject: words}),
         should_stop=lambda: should_leave() or (job.output / STOP).exists(),
         peak_flops=gpu and gpu.peak_flops,
@@ -178,12 +179,42 @@ def decoder(job: Job) -> Any:
     return lambda z0: autoencoder().decode(z0.to(device) / settings.scale_factor).clamp(-1, 1)
 
 
-def journal_checkpoints(journal: Journal, kept: Path, removed: list[str]) -> None:
-    """Tells of a checkpoint by its manifest's hash, which COMMITTED holds, and of those that had to go for it."""
-    run = kept.parent.parent.name
-    journal.model(f"{run}-{kept.name}", kept, (kept / "COMMITTED").read_text(), _step(kept.name))
-    for name in removed:
-        journal.model_removed(f"{run}-{name}", _step(name))
+def teller_of_checkpoints(journal: Journal, home: Path) -> Callable[[], None]:
+    """Tells of checkpoints that were not told of, by their manifest's hash, which COMMITTED holds, and of those that
+    are gone.
+
+    What was told is read from the journal itself: whoever is killed between a checkpoint and its line, or between a
+    removal and its line, is made good by the next start.
+    """
+    run = home.parent.name
+    known = lru_cache(lambda: told_checkpoints(journal.path))  # read by the process that tells: the others never do
+
+    def tell() -> None:
+        told = known()
+        here = {path.parent: path.read_text() for path in sorted(home.glob("step-*[0-9]/COMMITTED"))}
+        for path, sha256 in here.items():
+            if told.get(path.name) != sha256:
+                journal.model(f"{run}-{path.name}", path, sha256, _step(path.name))
+                told[path.name] = sha256
+        for name in sorted(told.keys() - {path.name for path in here}):
+            journal.model_removed(f"{run}-{name}", _step(name))
+            del told[name]
+
+    return tell
+
+
+def told_checkpoints(path: Path) -> dict[str, str]:
+    """The checkpoints that a journal knows of and that are not gone by what it says, with their hashes."""
+    told: dict[str, str] = {}
+    for entry in read_entries(path)[0]:
+        if entry["kind"] == "rewind":
+            told = {name: sha256 for name, sha256 in told.items() if _step(name) <= entry["step"]}
+        elif entry["kind"] in ("model", "model_removed"):
+            name = "step-" + entry["name"].rpartition("step-")[2]
+            told.pop(name, None)
+            if entry["kind"] == "model":
+                told[name] = entry["sha256"]
+    return told
 
 
 def _step(name: str) -> int:

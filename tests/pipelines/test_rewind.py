@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm.config import TrainingConfig
-from ldm.training import copies
+from ldm.training import copies, fetching
 from ldm.training.checkpoint import Stretch, newest, step_name
 from ldm.training.saving import save
 from pipelines.config import compose
@@ -74,7 +74,7 @@ def test_nobody_goes_on_from_a_copy_of_the_way_that_was_left(tmp_path: Path) -> 
     go_back(train, asked("step-10"), journal(tmp_path), there)
     assert list(copies.committed(there)) == [step_name(10)]
     shutil.rmtree(train)
-    last = copies.newest(train, there)
+    last = fetching.newest(train, there)
     assert last is not None and last.step == 10
 
 

@@ -382,6 +382,40 @@ def test_committed_before_the_others_have_written_would_be_torn(tmp_path: Path) 
     check_whole(newest(tmp_path), 10)
 
 
+# ---- a power cut -------------------------------------------------------------------------------------------
+@pytest.fixture
+def lasting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is made to last, and what gets its name, in order: "sync NAME", "rename OLD NEW"."""
+    told: list[str] = []
+
+    def sync(handle: int, sync: Any = os.fsync) -> None:
+        told.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name.partition('.tmp-')[0]}")
+        sync(handle)
+
+    def rename(old: Path, new: Path, rename: Any = os.rename) -> None:
+        told.append(f"rename {Path(old).name.partition('.tmp-')[0]} {Path(new).name}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    return told
+
+
+def test_files_last_before_their_folder_has_its_name_and_the_name_before_the_marker(
+    tmp_path: Path, lasting: list[str]
+) -> None:
+    """A power cut between any two of these leaves what was there before, or the whole."""
+    home, step = tmp_path / "home", step_name(10)
+    home.mkdir()
+    save(home, 10, stretches=stretches(10), ema=weights(10)["weight"], config={}, facts={})
+    print("; ".join(lasting))
+    assert lasting == [
+        f"sync {RANK_FILE}", "sync ema.safetensors", "sync config.json", "sync manifest.json",
+        f"sync {step}", f"rename {step} {step}", "sync home",
+        "sync COMMITTED.tmp", "rename COMMITTED.tmp COMMITTED", f"sync {step}",
+    ]  # fmt: skip
+
+
 # ---- full and crowded --------------------------------------------------------------------------------------
 def put_on_a_full_disk(home: Path, step: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldm.config import TrainingRunConfig, TrainSettings, from_plain
-from ldm.training import checks, lr
+from ldm.config import TrainingConfig, TrainingRunConfig, TrainSettings, from_plain
+from ldm.models.denoiser import make_denoiser
+from ldm.training import checks, lr, may_change, saving
 from ldm.training import train as loop
-from ldm.training.checkpoint import newest, step_name
-from ldm.training.going_on import after_skipped
+from ldm.training.checkpoint import Checkpoint, newest, step_name
+from ldm.training.going_on import accepted_changes, after_skipped, check_skipped_samples, run_config, start_from
 from ldm.training.loader import Batch, TrainData
+from ldm.training.mixture import MixedOrder
+from pipelines.dag import STAGES
 from tests.ldm.training import processes
 from tests.ldm.training.test_train import weights_of, work
 from tests.ldm.training.tiny import RUN, settings, write_data
@@ -60,6 +64,51 @@ def copy(six: Path, output: Path, *steps: int) -> Path:
     return output
 
 
+# ---- where a new run begins ---------------------------------------------------------------------------------
+def test_what_a_run_began_with_is_read_and_verified_once(data: TrainData, six: Path, tmp_path: Path) -> None:
+    """Once there is a checkpoint the source may be damaged or gone."""
+    source = copy(six, tmp_path / "source", 6) / step_name(6) / "ema.safetensors"
+    what, output = changed(start_from=str(source), max_steps=2), tmp_path / "train"
+    bytes_there = source.read_bytes()
+    source.write_bytes(bytes_there[:-1] + bytes([bytes_there[-1] ^ 1]))
+    (error,) = processes.run(work, what, data, output, ALONE)
+    assert isinstance(error, ValueError) and f"{source} does not have the sha256 that" in str(error)
+    source.write_bytes(bytes_there)
+    (begun,) = processes.run(work, what, data, output, ALONE)
+    assert begun["step"] == 2 and weights_of(output, 2) != weights_of(six, 2)
+    source.unlink()
+    (more,) = processes.run(work, replace(what, training=replace(what.training, max_steps=4)), data, output, ALONE)
+    assert more["step"] == 4
+    (error,) = processes.run(work, what, data, tmp_path / "anew", ALONE)
+    assert isinstance(error, FileNotFoundError) and "no such file, and no checkpoint to go on from" in str(error)
+
+
+def test_weights_of_another_size_are_named_with_both_shapes(six: Path) -> None:
+    wider = make_denoiser(replace(WHAT.unet, model_channels=16), WHAT.text_encoder)
+    with pytest.raises(ValueError, match=r"is of another model: .* is \[.*\], where the model has \[.*\]"):
+        start_from(wider, str(six / step_name(6) / "ema.safetensors"))
+
+
+# ---- every save is kept -------------------------------------------------------------------------------------
+def slowly_saved(what: TrainSettings, data: TrainData, output: Path, run: TrainingRunConfig) -> dict[str, Any]:
+    """Steps are quicker than what a save has to write."""
+
+    def save_file(*held: Any, save_file: Any = saving.save_file) -> None:
+        time.sleep(0.3)
+        save_file(*held)
+
+    saving.save_file = save_file
+    return work(what, data, output, run)
+
+
+def test_a_save_that_is_due_while_another_is_written_drops_neither(data: TrainData, tmp_path: Path) -> None:
+    run = replace(ALONE, checkpoint_every_steps=1)
+    (result,) = processes.run(slowly_saved, WHAT, data, tmp_path, run)
+    there = sorted(path.parent.name for path in tmp_path.glob("step-*/COMMITTED"))
+    print(f"six saves, each due while the one before it is written: {len(there)} committed")
+    assert result["step"] == 6 and there == [step_name(step) for step in range(1, 7)]
+
+
 # ---- samples that are left out -----------------------------------------------------------------------------
 def test_from_an_earlier_checkpoint_on_exactly_the_samples_named_are_left_out(
     data: TrainData, six: Path, tmp_path: Path
@@ -88,6 +137,67 @@ def test_samples_to_be_left_out_begin_where_a_batch_does(data: TrainData, six: P
         with pytest.raises(ValueError, match=r"skip_samples is \[.*\]; it is \[a, b\] with 0 <= a < b"):
             checks.check(changed(skip_samples=wrong))
     assert [after_skipped([8, 20], seen) for seen in (0, 8, 16, 20)] == [0, 20, 20, 20]
+
+
+def test_where_a_batch_is_of_one_shape_samples_left_out_end_where_it_does(data: TrainData, tmp_path: Path) -> None:
+    shaped, mixed = replace(data, shapes=[data.latent_shape] * 3), replace(data, caches=[0, 0, 1])
+    training = changed(skip_samples=[16, 37]).training
+    check_skipped_samples(training, data, 16, [], tmp_path)  # of one shape any end will do
+    for other in (shaped, mixed):
+        with pytest.raises(ValueError, match="skip_samples ends at 37; .* it may end at 32 or 40"):
+            check_skipped_samples(training, other, 16, [], tmp_path)
+        check_skipped_samples(replace(training, skip_samples=[16, 40]), other, 16, [], tmp_path)
+    # What the check is for: behind 37 a batch would take samples of two batches of the order.
+    counts, shapes = [9, 14, 6], [0, 1, 0]
+    order = MixedOrder(counts, shapes, [0, 0, 0], [1.0], seed=0, digest="x", lanes=2, window_shards=2, batch_size=8)
+    kinds = {end: len({shapes[order.locate(position)[0]] for position in range(end, end + 8)}) for end in range(96)}
+    assert {kinds[end] for end in kinds if end % 8 == 0} == {1} and 2 in kinds.values()
+
+
+def test_samples_that_were_trained_on_already_are_not_left_out_without_a_word(
+    data: TrainData, six: Path, tmp_path: Path
+) -> None:
+    """Who forgot training.resume hears where to go back to."""
+    training = changed(skip_samples=[24, 40]).training
+    home = copy(six, tmp_path, 2, 4, 6)
+    with pytest.raises(ValueError, match="begins at 24, and 48 samples were seen") as error:
+        check_skipped_samples(training, data, 48, [], home)
+    assert "training.resume=NAME goes back to one of: step-00000002 (16 samples)" in str(error.value)
+    with pytest.raises(ValueError, match="no checkpoint is older"):
+        check_skipped_samples(replace(training, skip_samples=[8, 40]), data, 48, [], home)
+    # In the middle of them is too late as well; left out before, they are no matter any more.
+    with pytest.raises(ValueError, match="cannot be left out any more"):
+        check_skipped_samples(training, data, 32, [], home)
+    check_skipped_samples(training, data, 64, [{"step": 3, "skipped_samples": [24, 40]}], home)
+    check_skipped_samples(training, data, 24, [], home)
+
+
+# ---- the one list -------------------------------------------------------------------------------------------
+OTHER: dict[str, Any] = {"start_from": "other", "resume": "step-1", "skip_samples": [0, 8], "accept": ["training.seed"],
+                         "validate_every_steps": 7, "gradient_clipping": 0.5, "lr_schedule": "inverse_sqrt",
+                         "precision": "bf16", "ema_of": "all", "deterministic": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainingConfig)])
+def test_every_setting_of_training_is_free_or_refused_here_as_in_the_plan_of_the_stage(
+    name: str, data: TrainData, tmp_path: Path
+) -> None:
+    now = getattr(WHAT.training, name)
+    other = replace(now, steps=77) if name == "grid" else OTHER[name] if name in OTHER else now + 1
+    what = changed(**{name: other})
+    there = run_config(WHAT, data)
+    last = Checkpoint(tmp_path / step_name(2), {"step": 2}, there)
+    free = f"training.{name}" in may_change.FREE
+    if free:
+        assert accepted_changes(last, run_config(what, data), what, data) == []
+    else:
+        with pytest.raises(ValueError, match=f"training.{name}: ") as error:
+            accepted_changes(last, run_config(what, data), what, data)
+        way = f"training.accept=[training.{name}]"
+        assert (way in str(error.value)) == (f"training.{name}" in may_change.ACCEPTABLE)
+    stage = STAGES["train"]
+    assert free == (f"training.{name}" in {*stage.grows, *stage.requests, *stage.how})
+    print(f"training.{name}: {'free' if free else 'refused'} in a checkpoint and in the plan")
 
 
 # ---- settings that were accepted ---------------------------------------------------------------------------
