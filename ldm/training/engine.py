@@ -8,6 +8,11 @@ The rest of the project sees an Engine: backward(loss) for each micro batch, upd
 
 Without DeepSpeed's own checkpoints there is nothing to unpickle and nothing that ties a run to a number of processes:
 ldm/training/checkpoint.py keeps stretches by parameter, and `restore` takes whichever of them this process holds now.
+
+With offload_optimizer.device=nvme what the optimizer updates lies in files, and DeepSpeed brings it into memory a group
+of parameters at a time, inside a step. Who looks at a stretch then reads its file; who follows the weights from step to
+step is shown them while they are in memory (`show`). What is kept beside them (averages, copies for a checkpoint) is
+made by `room`, in files too.
 """
 
 from __future__ import annotations
@@ -19,9 +24,13 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
+from functools import cache
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +39,8 @@ from torch import Tensor, nn
 
 from ldm.config import TrainingConfig, TrainingRunConfig
 from ldm.training.checkpoint import KINDS, Stretch
+from ldm.training.held import Held
+from ldm.training.swap_folder import SwapFolder, claim
 
 PRECISIONS = ("float32", "bf16_autocast", "bf16", "fp16")
 WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype that the model computes with; others: float32
@@ -257,18 +268,36 @@ def _passed_on(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_kept(how: TrainingRunConfig) -> None:
-    """Raises ValueError where a run could neither average its weights nor keep them in checkpoints."""
+    """Raises ValueError where a run could not keep its weights: in files while it runs, or in checkpoints."""
     zero: Any = how.deepspeed.get("zero_optimization") or {}
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        raise ValueError(
-            "cluster.train.run.deepspeed.zero_optimization.offload_optimizer.device is nvme: weights and optimizer "
-            "states in files can be trained but neither averaged nor kept in checkpoints; set it to cpu"
-        )
+    for key in ("offload_optimizer", "offload_param"):
+        if (offload := zero.get(key) or {}).get("device") == "nvme":
+            _check_files(f"cluster.train.run.deepspeed.zero_optimization.{key}", offload, how.zero_stage)
     bf16: Any = how.deepspeed.get("bf16") or {}
     if bf16.get("bf16_master_weights_and_grads"):
         raise ValueError(
             "cluster.train.run.deepspeed.bf16.bf16_master_weights_and_grads is true: averaged weights and checkpoints "
             "are float32, and so must be the weights that they are made of; set it to false"
+        )
+
+
+def _check_files(key: str, offload: dict[str, Any], stage: int) -> None:
+    """That what is offloaded to files can be."""
+    if key.endswith("offload_param"):
+        raise ValueError(
+            f"{key}.device is nvme: the weights that the model computes with can be on the processor, not in files; "
+            f"set it to cpu. The larger part, float32 weights and optimizer states, can: offload_optimizer.device=nvme"
+        )
+    if stage != 3:  # DeepSpeed would keep them in the processor's memory, without a word
+        raise ValueError(f"{key}.device is nvme, which needs cluster.train.run.zero_stage=3, not {stage}")
+    if not offload.get("nvme_path"):
+        raise ValueError(f"{key}.device is nvme; set {key}.nvme_path to a folder on a local disk of each machine")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            f"{key}.device is nvme, and DeepSpeed writes there by libaio, which is not installed: "
+            f"apt-get install libaio-dev on every machine, or set it to cpu"
         )
 
 
@@ -318,7 +347,10 @@ class Engine:
         )
         if how.compile:
             module.compile()
+        self._folder = _own_folder(config)
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if self._folder is not None:
+            self._take_gradients_from_memory()
         self._scaler = self.deepspeed.optimizer.loss_scaler if training.precision == "fp16" else None
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # `update` says what it means
@@ -375,6 +407,11 @@ class Engine:
             for name in SCALER:
                 setattr(self._scaler, name, state[name])
 
+    def close(self) -> None:
+        """Removes the files of weights and optimizer states; there is no step after it."""
+        if self._folder is not None:
+            self._folder.close()
+
     def _check_layout(self) -> None:
         """That the stretches are those of the weights that the model computes with, element for element.
 
@@ -401,24 +438,49 @@ class Engine:
     def stretches(self) -> list[Stretch]:
         """The float32 weights that this process is the one to keep; together the processes keep each element once.
 
-        The tensors are views: they follow the training.
+        The tensors follow the training: they are views, or read from their file when they are asked for.
         """
-        held = [Stretch(p.name, p.start, {"weight": p.master()}) for p in self._held()]
-        return [self._share(stretch) for stretch in held] if self.stage == 0 else held
+        return self._stretches(("weight",))
 
     def states(self) -> list[Stretch]:
         """The same stretches with their optimizer states, for a checkpoint."""
-        held = [Stretch(p.name, p.start, {kind: p.state(kind) for kind in KINDS}) for p in self._held()]
+        return self._stretches(KINDS)
+
+    def _stretches(self, kinds: tuple[str, ...]) -> list[Stretch]:
+        held = [part.stretch(kinds) for part in self._held()]
         return [self._share(stretch) for stretch in held] if self.stage == 0 else held
+
+    def room(self, numel: int) -> Tensor:
+        """Float32 numbers (n,) to keep a while: in memory, or in a file where that is where the optimizer has its."""
+        return torch.empty(numel) if self._folder is None else self._folder.tensor(numel)
+
+    def show(self, look: Callable[[list[Stretch]], None]) -> None:
+        """Inside every step that is applied, shows weights that lie in files while they are in memory, once stepped."""
+        if self._folder is None:
+            return
+        optimizer = self.deepspeed.optimizer
+        step, held = optimizer._optimizer_step, groupby(self._held(), key=lambda part: part.group)
+        in_files = {group: list(parts) for group, parts in held if self._is_in_files(group)}
+
+        def step_and_show(group: int) -> None:
+            step(group)
+            if group in in_files:
+                look([part.stretch(("weight",)) for part in in_files[group]])
+
+        optimizer._optimizer_step = step_and_show
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
         """Sets weights and optimizer states from read(kind, name, start, stop), and the optimizer's count of steps."""
-        for part in self._held():
-            for kind in KINDS:
-                value = part.state(kind)
-                value.copy_(read(kind, part.name, part.start, part.start + value.numel()))
-            part.flat_state()["step"].fill_(step)
+        if self.stage == 3:
+            self.deepspeed.optimizer._partition_all_parameters()
+        for group, parts in groupby(self._held(), key=lambda part: part.group):
+            with self._in_memory(group):
+                for part in parts:
+                    for kind in KINDS:
+                        value = part.state(kind)
+                        value.copy_(read(kind, part.name, part.start, part.start + value.numel()))
+                    part.flat_state()["step"].fill_(step)
         self._refresh()
 
     @torch.no_grad()
@@ -437,7 +499,8 @@ class Engine:
             dist.reduce(flat, 0)
             if self.world.rank == 0:
                 parts = flat.view(torch.float32).cpu().split(sizes)
-                whole |= {name: x.clone().view(self.shapes[name]) for name, x in zip(names, parts, strict=True)}
+                kept = (self.room(x.numel()).copy_(x) for x in parts)
+                whole |= {name: x.view(self.shapes[name]) for name, x in zip(names, kept, strict=True)}
         return whole if self.world.rank == 0 else None
 
     def buffers(self) -> dict[str, Tensor]:
@@ -460,36 +523,93 @@ class Engine:
         start, stop = (n * r // self.world.world_size for r in (self.world.rank, self.world.rank + 1))
         return Stretch(stretch.name, start, {kind: x[start:stop] for kind, x in stretch.tensors.items()})
 
-    def _held(self) -> Iterator[_Held]:
+    def _held(self) -> Iterator[Held]:
         """Every piece of a parameter that this process updates."""
         optimizer = self.deepspeed.optimizer
         for name, p in self.parameters.items():
             if self.stage == 0:
-                yield _Held(name, 0, p, 0, p.numel(), optimizer.state)
+                yield Held(name, 0, p, 0, p.numel(), optimizer.state)
             elif self.stage == 3:
                 group, offset, padded = optimizer.grad_position[optimizer.get_param_id(p)]
                 start = padded * self.world.rank
                 n = min(padded, p.ds_numel - start)
                 if n > 0:
-                    yield _Held(
-                        name, start, optimizer.fp32_partitioned_groups_flat[group], offset, n, optimizer.optimizer.state
-                    )
+                    flat, states = optimizer.fp32_partitioned_groups_flat[group], optimizer.optimizer.state
+                    folder = optimizer.optimizer_swapper.swap_folder if self._is_in_files(group) else None
+                    yield Held(name, start, flat, offset, n, states, group, folder)
             elif (mapping := p._hp_mapping) is not None:
                 flat = _masters(optimizer)[mapping.param_group_index]
                 at, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield _Held(name, at.start, flat, here.start, here.numel, optimizer.optimizer.state)
+                yield Held(name, at.start, flat, here.start, here.numel, optimizer.optimizer.state)
+
+    def _take_gradients_from_memory(self) -> None:
+        """DeepSpeed sums gradients in memory, and of weights in files it also writes them to files and reads them back.
+
+        That is more work for nothing, and wrong: what it reads goes to any address, the disk refuses those that are no
+        multiple of its sectors, nobody looks, and the step takes whatever the buffer held.
+        """
+        optimizer = self.deepspeed.optimizer
+        optimizer.optimizer_swapper.swap_out_gradients = lambda **gradients: None
+        prepare, sums = optimizer._prepare_sub_group, optimizer.grad_partitions_flat_buffer
+        in_groups = sums.split(optimizer.fp16_partitioned_groups_flat_numel)
+
+        def prepare_with_gradients(group: int, timers: set[str]) -> None:
+            prepare(group, timers)
+            if self._is_in_files(group):
+                gradient = in_groups[group].to(torch.float32, copy=True)  # which the step scales
+                optimizer.fp32_partitioned_groups_flat[group].grad = gradient
+
+        optimizer._prepare_sub_group = prepare_with_gradients
+
+    def _is_in_files(self, group: int) -> bool:
+        """Of a group of parameters, whether it lies in files between steps; small ones never do."""
+        return self._folder is not None and self.deepspeed.optimizer._swappable_optimizer_subgroup(group)
+
+    @contextmanager
+    def _in_memory(self, group: int) -> Iterator[None]:
+        """While it lasts, what the optimizer updates of a group is in memory; what it was set to then is kept."""
+        optimizer = self.deepspeed.optimizer
+        if self._is_in_files(group):
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if self.stage == 3:
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if self._is_in_files(group):
+            optimizer._optimizer_states_and_gradient_swap_out(group)
 
     def _refresh(self) -> None:
         """Makes the weights that the model computes with follow the float32 ones."""
         optimizer = self.deepspeed.optimizer
         if self.stage in (1, 2):
             optimizer.update_lp_params()
-        elif self.stage == 3:
-            optimizer._partition_all_parameters()
-            for group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif self.stage == 3 and optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _own_folder(config: dict[str, Any]) -> SwapFolder | None:
+    """Where the optimizer is to lie in files, makes a folder for them that is this process's alone, and names it."""
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") != "nvme":
+        return None
+    _claim_before_writing()
+    folder = SwapFolder(Path(offload["nvme_path"]))
+    config["zero_optimization"]["offload_optimizer"] = {**offload, "nvme_path": str(folder.path)}
+    return folder
+
+
+@cache
+def _claim_before_writing() -> None:
+    """DeepSpeed does not look whether its writes succeed, so on a full disk weights would be lost without a word."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    aio = AsyncIOBuilder().load()
+
+    class Handle(aio.aio_handle):  # type: ignore[misc, name-defined]
+        def async_pwrite(self, buffer: Tensor, path: str, offset: int) -> int:
+            claim(path, offset + buffer.nbytes)
+            return super().async_pwrite(buffer, path, offset)
+
+    aio.aio_handle = Handle
 
 
 def _masters(optimizer: Any) -> list[Tensor]:
@@ -497,32 +617,3 @@ def _masters(optimizer: Any) -> list[Tensor]:
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return optimizer.single_partition_of_fp32_groups
     return optimizer.fp32_groups_flat_partition
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Elements of a parameter inside the flat tensor that the optimizer updates."""
-
-    name: str
-    start: int  # in the flattened parameter
-    flat: Tensor  # what the optimizer updates
-    offset: int  # in `flat`
-    numel: int
-    states: dict[Tensor, dict[str, Tensor]]  # of the optimizer
-
-    def master(self) -> Tensor:
-        return self.flat.detach().view(-1)[self.offset : self.offset + self.numel]
-
-    def state(self, kind: str) -> Tensor:
-        if kind == "weight":
-            return self.master()
-        return self.flat_state()[kind].view(-1)[self.offset : self.offset + self.numel]
-
-    def flat_state(self) -> dict[str, Tensor]:
-        """AdamW's state of the flat tensor, made as AdamW would make it where no step was taken yet."""
-        state = self.states[self.flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=self.flat.device)
-            state["exp_avg"] = torch.zeros_like(self.flat, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(self.flat, requires_grad=False)
-        return state

@@ -120,9 +120,14 @@ def train(
         if run.activation_checkpointing:
             checkpoint_activations(denoiser, (ResBlock, SpatialTransformer, AttentionBlock))
         schedule = schedule_of(diffusion).to(world.device)
-        engine = Engine(denoiser, training, run, world)
-        averaged = training.ema_of
-        ema = Ema(engine.stretches(), training.ema_decay, lambda name: averaged == "all" or name.startswith("unet."))
+        engine = stack.enter_context(closing(Engine(denoiser, training, run, world)))
+        ema = Ema(
+            engine.stretches(),
+            training.ema_decay,
+            lambda name: training.ema_of == "all" or name.startswith("unet."),
+            engine.room,
+        )
+        engine.show(ema.look)
 
         # Data: the same sequence of samples, noise and timesteps for every number of processes.
         watchdog.reset(long=True)
@@ -202,7 +207,8 @@ def train(
                         "world_size": world.world_size,
                         "zero_stage": run.zero_stage,
                     }
-                    keeper.begin(step, stretches=engine.states(), ema=weights, config=config, facts=facts)
+                    held = {"stretches": engine.states(), "ema": weights, "room": engine.room}
+                    keeper.begin(step, **held, config=config, facts=facts)
                     saved = step
             if due_grid:
                 draw = partial(sample_grid, settings, data, weights, frozen, schedule, tokenizer, decode, step)

@@ -101,3 +101,22 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened() -> None:
         again.add_(step)
         straight.update()
     assert torch.equal(ema.stretches[0].tensors["weight"], straight.stretches[0].tensors["weight"][2:5])
+
+
+def test_weights_in_files_are_averaged_when_they_are_shown_and_others_after_the_step() -> None:
+    torch.manual_seed(SEED)
+    shown, beside, plain = torch.randn(6), torch.randn(4), torch.randn(10)
+    plain.copy_(torch.cat([shown, beside]))
+    straight = Ema(whole({"w": plain}), 0.99)
+    room: list[int] = []
+    stretches = [Stretch("shown", 0, {"weight": shown}, in_files=True), Stretch("beside", 0, {"weight": beside})]
+    ema = Ema(stretches, 0.99, room=lambda numel: room.append(numel) or torch.empty(numel))
+    assert room == [6]  # what does not fit into memory is not averaged there
+    for step in torch.randn(5, 10):
+        shown.add_(step[:6]), beside.add_(step[6:]), plain.add_(step)
+        now = shown.clone()
+        ema.look([Stretch(name, 0, {"weight": now}, in_files=True) for name in ("shown", "other")])
+        ema.update()
+        straight.update()
+    joined = torch.cat([stretch.tensors["weight"] for stretch in ema.stretches])
+    assert torch.equal(joined, straight.stretches[0].tensors["weight"])

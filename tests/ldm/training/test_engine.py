@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm.training import checkpoint
+from ldm.training import checkpoint, saving
 from ldm.training.engine import WEIGHTS, Engine, NonFiniteGradient, World, accumulation, deepspeed_config, join
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import RUN, SEED, TRAINING
@@ -312,7 +312,7 @@ def run_stage(stage: int, micro_batch_size: int, home: Path, precision: str = "f
     engine = make(join(), micro_batch_size, precision=precision, zero_stage=stage)
     found = steps(engine, range(STEPS // 2))
     whole = engine.gather(engine.stretches())
-    checkpoint.save(home, STEPS // 2, stretches=engine.states(), ema=whole, config={}, facts={})
+    saving.save(home, STEPS // 2, stretches=engine.states(), ema=whole, config={}, facts={})
     found += steps(engine, range(STEPS // 2, STEPS))
     return {"steps": found, "weights": engine.gather(engine.stretches())}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ldm.training import checkpoint
+from ldm.training import checkpoint, saving
 from ldm.training.engine import deepspeed_config, join
 from tests.ldm.training import processes
 from tests.ldm.training.test_engine import ALONE, BATCH, STEPS, check_same, make, reference, steps
@@ -29,7 +29,7 @@ def run(home: Path, how: dict[str, Any]) -> dict[str, Any]:
     engine = make(world, micro_batch_size, **how)
     found = steps(engine, range(STEPS // 2))
     whole = engine.gather(engine.stretches())
-    checkpoint.save(home, STEPS // 2, stretches=engine.states(), ema=whole, config={}, facts={})
+    saving.save(home, STEPS // 2, stretches=engine.states(), ema=whole, config={}, facts={})
     found += steps(engine, range(STEPS // 2, STEPS))
     weights = engine.gather(engine.stretches())
     last = checkpoint.newest(home)
@@ -75,9 +75,10 @@ def test_compiled_at_stage_three_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("deepspeed", "reason"), [
-    ({"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "states"}}},
-     "zero_optimization.offload_optimizer.device is nvme: weights and optimizer states in files can be trained but "
-     "neither averaged nor kept in checkpoints; set it to cpu"),
+    ({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "weights"}}},
+     "zero_optimization.offload_param.device is nvme: the weights that the model computes with can be on the "
+     "processor, not in files; set it to cpu. The larger part, float32 weights and optimizer states, can: "
+     "offload_optimizer.device=nvme"),
     ({"bf16": {"bf16_master_weights_and_grads": True}},
      "bf16.bf16_master_weights_and_grads is true: averaged weights and checkpoints are float32, and so must be the "
      "weights that they are made of; set it to false"),
