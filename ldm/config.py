@@ -272,7 +272,8 @@ class TrainingRunConfig:
     checkpoint_every_seconds: float | None  # also where the last one was begun so long ago; null: by steps alone
     keep_checkpoints: int  # newest ones that stay
     keep_every_steps: int | None  # checkpoints at multiples of this stay too; null: none
-    keep_best: bool  # the checkpoint with the lowest validation loss stays too
+    keep_best: bool  # the checkpoint with the lowest validation loss stays too; the loss is that of the weights
+    # as they are trained, which their average follows
     copy_to: str | None  # folder or s3://bucket/prefix to which each checkpoint is copied as well, in the background,
     # below <name>/train; a training that finds none on its disk goes on from there. null: none
     hang_seconds: float | None  # a step, save or grid that takes longer ends the process, with stacks; a part of its

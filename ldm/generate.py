@@ -8,21 +8,25 @@ caption or a sample's key, nor on the batch that it happens to be drawn in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.config import GenerationConfig, TrainSettings, from_plain
+from ldm.config import AutoencoderSettings, GenerationConfig, TrainSettings, from_plain
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.sampler import SAMPLERS, check_sampler
 from ldm.diffusion.schedule import Schedule, make_schedule
+from ldm.models.autoencoder import load_autoencoder
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import Tokenizer, make_tokenizer
+from ldm.storage import sha256_file
 from ldm.training.checkpoint import Checkpoint
+from ldm.training.frozen import digest_of
 from ldm.training.order import philox
 
 
@@ -58,6 +62,12 @@ def load_painter(checkpoint: Checkpoint, device: torch.device) -> Painter:
             f"missing, too many or of another shape: {', '.join(wrong[:5])}"
         )
     denoiser.load_state_dict(weights, strict=False)
+    trained_beside = checkpoint.config.get("frozen", {}).get("text_encoder")
+    if trained_beside is not None and text is not None and digest_of(denoiser.text_encoder) != trained_beside:
+        raise ValueError(
+            f"the text encoder that text_encoder.weights={text.weights} holds is not the one that {path} was trained "
+            f"beside: its digest is not {trained_beside}, which config.json names"
+        )
     return Painter(
         denoiser=denoiser.to(device).eval().requires_grad_(False),
         tokenizer=None if text is None else make_tokenizer(text),
@@ -68,6 +78,21 @@ def load_painter(checkpoint: Checkpoint, device: torch.device) -> Painter:
         prediction_type=diffusion.prediction,
         latent_shape=tuple(checkpoint.config["data"]["latent_shape"]),
     )  # fmt: skip
+
+
+def load_decoder(checkpoint: Checkpoint, weights: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Scaled z0 (b, c, h, w) -> image (b, 3, H, W) in [-1, 1], by the autoencoder that a checkpoint's latents are of.
+
+    config.json has its settings and knows its weights by their sha256.
+    """
+    known = checkpoint.config.get("autoencoder")
+    if known is None:
+        raise ValueError(f"{checkpoint.path / 'config.json'} is from before it named an autoencoder: give its settings")
+    if (found := sha256_file(weights)) != known["sha256"]:
+        raise ValueError(f"{weights} has sha256 {found}; the latents were made by weights with {known['sha256']}")
+    settings = replace(from_plain(AutoencoderSettings, known["settings"]), weights=str(weights))
+    autoencoder = load_autoencoder(settings, device)
+    return lambda z0: decode(autoencoder, z0, settings.scale_factor, len(z0))
 
 
 def check(config: GenerationConfig, schedule: Schedule, prediction_type: str) -> None:

@@ -206,11 +206,13 @@ def _check_model(config: Config) -> None:
 
 
 def _check_begin(dag: Dag) -> None:
-    """Refuses a training that could not copy its checkpoints, or lacks the weights that it begins with."""
+    """Refuses a training that could not keep or copy its checkpoints, or lacks the weights that it begins with."""
+    from ldm.training.checks import check_best
     from ldm.training.copies import check_place
 
     run, start, home = dag.config.cluster.train.run, dag.config.training.start_from, dag.home("train")
     try:
+        check_best(dag.config.training, run)
         check_place(run, home)
         if start is not None and run.copy_to is None and not any(home.glob("step-*")):
             weights_path(start)

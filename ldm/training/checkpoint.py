@@ -209,9 +209,10 @@ def problems(path: Path, share: int | None = 0, shares: int = 1, marker: bool = 
 
 
 def opened(path: Path) -> Checkpoint:
-    return Checkpoint(
-        path, json.loads((path / "manifest.json").read_bytes()), json.loads((path / "config.json").read_bytes())
-    )
+    """Also of a folder to which somebody took ema.safetensors and config.json alone, to draw pictures: no manifest."""
+    manifest = path / "manifest.json"
+    known = json.loads(manifest.read_bytes()) if manifest.exists() else {}
+    return Checkpoint(path, known, json.loads((path / "config.json").read_bytes()))
 
 
 def _problems_of_all(path: Path, marker: bool = True) -> list[str]:

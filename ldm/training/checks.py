@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from ldm import generate
-from ldm.config import DiffusionConfig, TrainSettings
+from ldm.config import DiffusionConfig, TrainingConfig, TrainingRunConfig, TrainSettings
 from ldm.diffusion import objective
 from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.training import lr
@@ -40,6 +42,24 @@ def check(settings: TrainSettings) -> None:
         raise ValueError(
             f"training.validation_samples is {training.validation_samples}; it must be a multiple of "
             f"training.batch_size, {training.batch_size}, so that every process has an equal share"
+        )
+
+
+def check_best(training: TrainingConfig, run: TrainingRunConfig) -> None:
+    """Refuses to keep the best checkpoint where none, or next to none, is measured."""
+    if not run.keep_best:
+        return
+    saved, measured = run.checkpoint_every_steps, training.validate_every_steps
+    if not training.held_out_shards or measured is None:
+        raise ValueError(
+            f"cluster.train.run.keep_best is true, and nothing says which is the best: training.held_out_shards is "
+            f"{training.held_out_shards} and training.validate_every_steps is {measured}; set both, or keep_best=false"
+        )
+    if saved % measured and measured % saved:
+        raise ValueError(
+            f"cluster.train.run.keep_best is true, and a checkpoint of every {saved} steps "
+            f"(cluster.train.run.checkpoint_every_steps) is measured where training.validate_every_steps={measured} "
+            f"falls on the same step, every {math.lcm(saved, measured)}; make the one a multiple of the other"
         )
 
 

@@ -49,10 +49,13 @@ class Frozen:
 
     def digests(self) -> dict[str, str]:
         """Which weights these are: for each part the sha256 of its names, shapes and numbers."""
-        if self.text_encoder is None:
-            return {}
-        digest = hashlib.sha256()
-        for name, x in sorted(self.text_encoder.state_dict().items()):
-            digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
-            digest.update(x.detach().cpu().flatten().view(torch.uint8).numpy().data)
-        return {"text_encoder": digest.hexdigest()}
+        return {} if self.text_encoder is None else {"text_encoder": digest_of(self.text_encoder)}
+
+
+def digest_of(module: nn.Module) -> str:
+    """sha256 of names, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
+        digest.update(x.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

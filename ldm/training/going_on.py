@@ -24,12 +24,12 @@ from ldm.training.together import by_first
 
 
 def run_config(settings: TrainSettings, data: TrainData) -> dict[str, Any]:
-    """What config.json says: enough to build the model again, and what it was trained on.
+    """What config.json says: enough to build the model and its autoencoder again, and what it was trained on.
 
     The digests of what is frozen beside it come to it as "frozen" once that is loaded.
     """
     known = {name: getattr(data, name) for name in ("edition", "selection", "field", "latent_shape", "scale_factor")}
-    return json.loads(json.dumps({"settings": asdict(settings), "data": known}))
+    return json.loads(json.dumps({"settings": asdict(settings), "data": known, "autoencoder": data.autoencoder}))
 
 
 def identity(config: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,8 @@ class TrainData:
     caches: list[int] | None = None  # which of several mixed caches each shard belongs to; null: there is one
     weights: tuple[float, ...] = (1.0,)  # of the caches: shares of the samples that are seen
     context_shape: list[int] | None = None  # l, d of what a frozen text encoder made of each caption; null: not cached
+    autoencoder: dict[str, Any] | None = None  # settings of what made them, and the sha256 of its weights: checkpoints
+    # name it for those who draw pictures from them
     node_cache: NodeCache | None = None  # where a node keeps shards of an object store; null: all lie on disk
 
     @property

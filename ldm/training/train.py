@@ -28,7 +28,7 @@ from ldm.models.tokenizer import make_tokenizer
 from ldm.training import checkpoint, copies, fetching, keeping, lr
 from ldm.training.bad_batches import TooManyBadBatches, non_finite, refusable, refusal
 from ldm.training.budget import costs_of
-from ldm.training.checks import check, schedule_of
+from ldm.training.checks import check, check_best, schedule_of
 from ldm.training.ema import Ema
 from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, check_kept, join
 from ldm.training.frozen import Frozen
@@ -83,6 +83,7 @@ def train(
         make_deterministic()
     check(settings)
     check_kept(run)
+    check_best(training, run)
 
     # Processes: one for each GPU.
     world = join(collective_seconds=collective_seconds(run.hang_seconds))

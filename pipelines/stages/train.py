@@ -9,7 +9,7 @@ functions. Ray Train is never handed a checkpoint: a restarted worker finds the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,11 +88,12 @@ def train_data(job: Job, selections: dict[str, str]) -> TrainData:
     """What ldm.training needs to know of the latents: this run's own, mixed with others by weight if there are any."""
     from ldm.training.loader import mix
 
-    used, sets = job.what["autoencoder"], []
+    used, sets, made_by = job.what["autoencoder"], [], autoencoder_settings(job)
+    described = {"settings": asdict(replace(made_by, weights=None)), "sha256": sha256_file(made_by.weights)}
     for cache in caches_of(job):
         selection, latents = job.output / cache.selection, cache.latents
         data = cache_data(latents, closed_records(latents), used, selection, selections[cache.name])
-        sets.append(replace(data, context_shape=cached_context(latents, job)))
+        sets.append(replace(data, context_shape=cached_context(latents, job), autoencoder=described))
     return mix(sets, [1.0, *job.what["dataset.mixture"].values()]) if len(sets) > 1 else sets[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import asdict, fields, replace
@@ -9,15 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from ldm.config import TrainingConfig, TrainingRunConfig, TrainSettings, from_plain
+from ldm.config import (
+    AutoencoderConfig,
+    AutoencoderSettings,
+    TinyConfig,
+    TrainingConfig,
+    TrainingRunConfig,
+    TrainSettings,
+    from_plain,
+)
+from ldm.generate import draw_latents, load_decoder, load_painter
+from ldm.models.autoencoder import make_autoencoder
 from ldm.models.denoiser import make_denoiser
+from ldm.storage import sha256_file
 from ldm.training import checks, lr, may_change, saving
 from ldm.training import train as loop
-from ldm.training.checkpoint import Checkpoint, newest, step_name
+from ldm.training.checkpoint import Checkpoint, newest, opened, step_name
 from ldm.training.going_on import accepted_changes, after_skipped, check_skipped_samples, run_config, start_from
+from ldm.training.grid import grid_config
 from ldm.training.loader import Batch, TrainData
 from ldm.training.mixture import MixedOrder
+from pipelines.config import compose, options
 from pipelines.dag import STAGES
 from tests.ldm.training import processes
 from tests.ldm.training.test_train import weights_of, work
@@ -87,6 +103,65 @@ def test_weights_of_another_size_are_named_with_both_shapes(six: Path) -> None:
     wider = make_denoiser(replace(WHAT.unet, model_channels=16), WHAT.text_encoder)
     with pytest.raises(ValueError, match=r"is of another model: .* is \[.*\], where the model has \[.*\]"):
         start_from(wider, str(six / step_name(6) / "ema.safetensors"))
+
+
+# ---- what another folder needs -------------------------------------------------------------------------------
+AUTOENCODER = AutoencoderConfig(
+    kind="tiny", posterior="kl", factor=8, latent_channels=2, compvis=None,
+    tiny=TinyConfig(image_low=-1.0, latent_clamp=None, patch=8, encoder_widths=[8], encoder_blocks=[1],
+                    decoder_widths=[8], decoder_blocks=[1], block_convs=2, lowest_norm=False),
+)  # fmt: skip
+
+
+def test_two_files_and_the_autoencoder_are_enough_for_pictures(data: TrainData, tmp_path: Path) -> None:
+    """ema.safetensors and config.json, taken to an empty folder: no manifest, no settings, nothing else of the run."""
+    torch.manual_seed(0)
+    weights = tmp_path / "autoencoder.safetensors"
+    save_file(make_autoencoder(AUTOENCODER).state_dict(), weights)
+    described = asdict(AutoencoderSettings(AUTOENCODER, weights=None, scale_factor=0.5))
+    known = replace(data, autoencoder={"settings": described, "sha256": sha256_file(weights)})
+    processes.run(work, changed(max_steps=2), known, tmp_path / "train", ALONE)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("ema.safetensors", "config.json"):
+        shutil.copyfile(tmp_path / "train" / step_name(2) / name, alone / name)
+    cpu, drawn = torch.device("cpu"), []
+    for folder in (tmp_path / "train" / step_name(2), alone):
+        found = opened(folder)
+        z0 = draw_latents(load_painter(found, cpu), ["0 1", "what"], grid_config(WHAT.training))
+        drawn.append(load_decoder(found, weights, cpu)(z0))
+    assert drawn[0].shape == (2, 3, 32, 32) and torch.equal(*drawn) and drawn[0].std() > 0
+    # The twin: another autoencoder of the same shape would draw other pictures, and is refused.
+    other = {name: x + 0.1 for name, x in load_file(weights).items()}
+    save_file(other, weights)
+    with pytest.raises(ValueError, match="the latents were made by weights with"):
+        load_decoder(opened(alone), weights, cpu)
+    config = json.loads((alone / "config.json").read_text())
+    config["autoencoder"]["sha256"] = sha256_file(weights)
+    (alone / "config.json").write_text(json.dumps(config))
+    assert not torch.equal(load_decoder(opened(alone), weights, cpu)(z0), drawn[0])
+
+
+# ---- the best --------------------------------------------------------------------------------------------------
+def test_the_best_is_kept_only_where_it_is_measured() -> None:
+    best = replace(ALONE, keep_best=True, checkpoint_every_steps=1000)
+    measured = changed(held_out_shards=1, validate_every_steps=5000).training
+    for every in (250, 1000, 5000):
+        checks.check_best(replace(measured, validate_every_steps=every), best)
+    for training, words in (
+        (replace(measured, held_out_shards=0), "training.held_out_shards is 0"),
+        (replace(measured, validate_every_steps=None), "training.validate_every_steps is None"),
+        (replace(measured, validate_every_steps=1500), "on the same step, every 3000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            checks.check_best(training, best)
+        checks.check_best(training, replace(best, keep_best=False))
+
+
+@pytest.mark.parametrize("name", [None, *options("experiment")])
+def test_every_preset_that_keeps_the_best_measures_it(name: str | None) -> None:
+    config = compose([] if name is None else [f"+experiment={name}"])
+    checks.check_best(config.training, config.cluster.train.run)
 
 
 # ---- every save is kept -------------------------------------------------------------------------------------
