@@ -207,7 +207,9 @@ class DiffusionConfig:
     zero_terminal_snr: bool  # no signal at all at the last timestep (needs prediction v or z0)
     prediction: str  # "eps", "v", "z0" or "flow"
     loss: str  # "l2" or "l1"
-    min_snr_gamma: float | None  # cap of the signal-to-noise weight; null: every timestep counts the same
+    min_snr_gamma: float | None  # cap of the signal-to-noise weight, of loss l2; null: every timestep counts the same.
+    # With flow or zero_terminal_snr the last timestep is pure noise and weighs nothing: where generation begins there
+    # (spacing "trailing") the network was taught on its neighbours alone
     offset_noise: float  # share of noise that is constant over a picture, 0 in the paper
 
 

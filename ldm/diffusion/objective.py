@@ -34,6 +34,17 @@ def check_prediction_type(prediction_type: str, schedule: Schedule) -> None:
         )
 
 
+def check_loss(kind: str, min_snr_gamma: float | None) -> None:
+    """Raises ValueError for a loss that does not exist, or that the weight of timesteps does not belong to."""
+    if kind not in LOSSES:
+        raise ValueError(f"diffusion.loss is {kind!r}; there are: {', '.join(LOSSES)}")
+    if kind != "l2" and min_snr_gamma is not None:
+        raise ValueError(
+            f"diffusion.min_snr_gamma={min_snr_gamma:g} weighs squared errors, and diffusion.loss is {kind}; set the "
+            f"one to null or the other to l2"
+        )
+
+
 def target(prediction_type: str, schedule: Schedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What the network should have said: z0, eps (b, c, h, w), t (b,) -> (b, c, h, w)."""
     if prediction_type == "eps":
@@ -92,8 +103,7 @@ def min_snr_weight(prediction_type: str, schedule: Schedule, t: Tensor, gamma: f
 
 def loss_per_sample(prediction: Tensor, wanted: Tensor, kind: str = "l2") -> Tensor:
     """Mean over (c, h, w) of the squared ("l2") or absolute ("l1") error, in float32 at least: -> (b,)."""
-    if kind not in LOSSES:
-        raise ValueError(f"diffusion.loss is {kind!r}; there are: {', '.join(LOSSES)}")
+    check_loss(kind, None)
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     error = prediction.to(dtype) - wanted.to(dtype)
     return (error.square() if kind == "l2" else error.abs()).flatten(1).mean(1)

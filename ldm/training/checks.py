@@ -24,6 +24,7 @@ def check(settings: TrainSettings) -> None:
     lr.check(training.lr_schedule, training.warmup_steps, training.max_steps, training.lr_end)
     schedule = schedule_of(settings.diffusion)
     objective.check_prediction_type(settings.diffusion.prediction, schedule)
+    objective.check_loss(settings.diffusion.loss, settings.diffusion.min_snr_gamma)
     generate.check(grid_config(training), schedule, settings.diffusion.prediction)
     if training.ema_of not in ("unet", "all"):
         raise ValueError(f"training.ema_of is {training.ema_of!r}; there are: unet, all")

@@ -1,14 +1,8 @@
-"""Learning-rate multipliers: pure functions of the step, so that a resumed run needs no scheduler state.
-
-`multiplier` is what training uses, by name. The parts below it also build the schedules of the released configurations:
-several cycles one after another, each with its own warm-up, peak and floor.
-"""
+"""Learning-rate multipliers: pure functions of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 NAMES = ("constant", "linear", "cosine", "inverse_sqrt")
 FALLING = ("linear", "cosine")  # to an end at max_steps, which therefore decides every step's rate
@@ -22,7 +16,7 @@ def multiplier(name: str, step: int, warmup_steps: int, max_steps: int, end: flo
     """
     check(name, warmup_steps, max_steps, end)
     if step < warmup_steps:
-        return warmup(step, warmup_steps, 0.0, 1.0)
+        return 1 / warmup_steps * step
     if name == "constant":
         return 1.0
     if name == "inverse_sqrt":
@@ -43,11 +37,6 @@ def check(name: str, warmup_steps: int, max_steps: int, end: float) -> None:
         raise ValueError(f"training.lr_end is {end}, a share of the learning rate; it must be between 0 and 1")
 
 
-def warmup(step: float, warmup_steps: int, start: float, peak: float) -> float:
-    """A straight line from `start` at step 0 to `peak` at `warmup_steps`."""
-    return start + (peak - start) / warmup_steps * step
-
-
 def linear(share: float, peak: float, end: float) -> float:
     """A straight line from `peak` at share 0 to `end` at share 1 of the way, and `end` from there on."""
     return end + (peak - end) * (1 - min(share, 1.0))
@@ -61,28 +50,3 @@ def cosine(share: float, peak: float, end: float) -> float:
 def inverse_sqrt(step: float, warmup_steps: int) -> float:
     """1 at `warmup_steps`, then falling with the square root of the step."""
     return math.sqrt(max(1, warmup_steps) / max(1, step))
-
-
-def linear_cycle(step: int, warmup_steps: int, cycle_steps: int, start: float, peak: float, end: float) -> float:
-    """Warm-up, then the line that would fall from `peak` at step 0 to `end` at `cycle_steps`.
-
-    This is the original's LambdaLinearScheduler: its line is counted from the cycle's start, so that the multiplier
-    drops a little where warm-up ends, unless `end` equals `peak`.
-    """
-    if step < warmup_steps:
-        return warmup(step, warmup_steps, start, peak)
-    return linear(step / cycle_steps, peak, end)
-
-
-def cosine_cycle(step: int, warmup_steps: int, cycle_steps: int, start: float, peak: float, end: float) -> float:
-    """Warm-up, then half a cosine to `end` at `cycle_steps`: the original's LambdaWarmUpCosineScheduler."""
-    if step < warmup_steps:
-        return warmup(step, warmup_steps, start, peak)
-    return cosine((step - warmup_steps) / (cycle_steps - warmup_steps), peak, end)
-
-
-def cycles(step: int, lengths: Sequence[int], parts: Sequence[Callable[[int], float]]) -> float:
-    """The multiplier of the cycle that `step` lies in; a cycle's last step is still its own, the last never ends."""
-    ends = list(accumulate(lengths))
-    index = next((i for i, end in enumerate(ends) if step <= end), len(ends) - 1)
-    return parts[index](step - (ends[index] - lengths[index]))

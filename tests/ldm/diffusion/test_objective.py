@@ -9,6 +9,7 @@ import torch
 
 from ldm.diffusion.objective import (
     PREDICTION_TYPES,
+    check_loss,
     check_prediction_type,
     convert,
     loss,
@@ -96,6 +97,15 @@ def schedule_of(name: str) -> Schedule:
 def test_a_type_that_does_not_fit_is_refused(kind: str, schedule: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         check_prediction_type(kind, schedule_of(schedule))
+
+
+def test_a_weight_that_does_not_belong_to_the_loss_is_refused() -> None:
+    check_loss("l2", 5.0)
+    check_loss("l1", None)
+    with pytest.raises(ValueError, match="min_snr_gamma=5 weighs squared errors, and diffusion.loss is l1"):
+        check_loss("l1", 5.0)
+    with pytest.raises(ValueError, match="diffusion.loss is 'l3'; there are: l2, l1"):
+        check_loss("l3", None)
 
 
 @pytest.fixture(scope="module")

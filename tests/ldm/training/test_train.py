@@ -353,6 +353,7 @@ def test_settings_that_cannot_be_followed_are_refused_at_once(data: TrainData, t
         (settings(lr_schedule="step"), "lr_schedule is 'step'"),
         (settings(held_out_shards=1, validation_samples=12), "must be a multiple of training.batch_size, 8"),
         (settings({"prediction": "eps"}), "zero_terminal_snr"),
+        (settings({"loss": "l1", "min_snr_gamma": 5.0}), "min_snr_gamma=5 weighs squared errors"),
     ):
         with pytest.raises(ValueError, match=message):
             work(what, data, tmp_path, RUN)
