@@ -146,14 +146,14 @@ class Server:
     def _sent(self, path: Path, run_id: str) -> dict[str, Any]:
         """How far a journal was sent to a run, the highest step sent of each metric, and the way that it had got to."""
         place = sent_path(path)
-        if place.exists():
-            sent = check_format(read_json(place), place)
-            if sent["run"] == run_id and sent["offset"] <= path.stat().st_size:
-                return sent
-            if sent["run"] == run_id:
-                say(f"{path} is shorter than what was sent of it; it is sent again from its beginning")
-                return {**sent, "offset": 0, "rewinds": 0}
-        return {"format": FORMAT, "run": run_id, "offset": 0, "steps": {}, "rewinds": 0}
+        sent = check_format(read_json(place), place) if place.exists() else {}
+        if sent.get("run") != run_id:
+            return {"format": FORMAT, "run": run_id, "offset": 0, "steps": {}, "rewinds": 0}
+        if sent["offset"] > path.stat().st_size:
+            say(f"{path} is shorter than what was sent of it; it is sent again from its beginning")
+            sent |= {"offset": 0, "rewinds": 0}
+            write_json(place, sent)
+        return sent
 
     def _note(self, path: Path, sent: dict[str, Any], part: Part) -> None:
         make_durable(path)  # what is noted as sent is there after a power cut

@@ -118,6 +118,9 @@ def test_a_journal_shorter_than_what_was_sent_loses_no_point_and_doubles_none(
         (step, float(step)) for step in range(1, 25)
     ]
     assert "is shorter than what was sent of it" in capsys.readouterr().err
+    cut(worker.path, 0)
+    assert [sync(settings(database), tmp_path / "demo") for _ in range(2)] == [0, 0]
+    assert capsys.readouterr().err.count("is shorter than what was sent of it") == 1
 
 
 def test_what_is_noted_as_sent_was_made_durable_first(
