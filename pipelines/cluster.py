@@ -438,6 +438,7 @@ def train_once(worker: TrainingWorker, arguments: dict[str, Any], job: Job) -> N
         _beside(trainer.fit)
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+        failures = {rank: getattr(each, "health_check_failure", each) for rank, each in failures.items()}
         left = isinstance(error, PreemptionError) or any(map(_has_left, failures.values()))
         raise GroupFailed(failures, left) from error
     finally:
@@ -446,8 +447,7 @@ def train_once(worker: TrainingWorker, arguments: dict[str, Any], job: Job) -> N
 
 def _has_left(error: Exception) -> bool:
     """Whether a process left as it was asked to, or was taken away with its node before it could."""
-    died = getattr(error, "health_check_failure", error)
-    return isinstance(error, Left) or getattr(died, "preempted", False)
+    return isinstance(error, Left) or getattr(error, "preempted", False)
 
 
 def _in_group(handed: dict[str, Any]) -> None:

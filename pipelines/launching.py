@@ -36,21 +36,27 @@ def launch(worker: cluster.TrainingWorker, arguments: dict[str, Any], job: Job, 
                 if stop.exists() and all(isinstance(error, cluster.Left) for error in group.failures.values()):
                     return
                 rank, again = _first_to_tell(group.failures)
-                cause = f"first in rank {rank}: {cluster.cause_of(group.failures[rank], job)}{stacks()}"
+                cause = f"first in rank {rank}: {cluster.cause_of(group.failures[rank], job)}"
+                stood_still = stacks()
                 failures += not group.left
                 if stop.exists():
                     raise cluster.StageFailed(
-                        f"train was asked to stop and failed before all was saved, {cause}\n"
+                        f"train was asked to stop and failed before all was saved, {cause}{stood_still}\n"
                         f"It is not started again; the same command goes on from the last checkpoint"
                     ) from group
                 if again or failures > most:
-                    raise cluster.StageFailed(f"train failed, {cause}") from group
-                tell(cause if group.left else f"failure {failures} of {most} that are tried again, {cause}")
+                    raise cluster.StageFailed(f"train failed, {cause}{stood_still}") from group
+                counted = "" if group.left else f"failure {failures} of {most} that are tried again, "
+                tell(f"{counted}{cause.splitlines()[0]}{stood_still}", cause)
 
 
 def _first_to_tell(failures: dict[int, Exception]) -> tuple[int, bool]:
-    """The rank whose error says most: one that comes again; or the lowest. And whether it comes again."""
-    rank = min(failures, key=lambda rank: (not comes_again(failures[rank]), rank))
+    """The rank whose error says most, and whether that comes again. Those who only lost others have a RuntimeError."""
+
+    def says_little(rank: int) -> tuple[bool, bool, int]:
+        return not comes_again(failures[rank]), isinstance(failures[rank], RuntimeError), rank
+
+    rank = min(failures, key=says_little)
     return rank, comes_again(failures[rank])
 
 
@@ -62,18 +68,20 @@ def comes_again(error: Exception) -> bool:
 
 
 @contextmanager
-def _telling(job: Job) -> Iterator[tuple[Callable[[str], None], Callable[[], str]]]:
-    """What tells of a restart as tag restart/1, restart/2 ..., and what names the stacks that came since it was asked.
+def _telling(job: Job) -> Iterator[tuple[Callable[[str, str], None], Callable[[], str]]]:
+    """What tells of a restart as tag restart/1, restart/2 ... with a text of that name, and what names the stacks that
+    came since it was asked.
 
     Restarts are counted over all runs of the command, so that none takes the place of another.
     """
     journal = Journal(journal_path(Path(job.how.run), job.stage, "launch"))
     known = _stacks(job)
 
-    def tell(what: str) -> None:
+    def tell(what: str, whole: str) -> None:
         count = 1 + sum(entry["kind"] == "tags" for entry in read_entries(journal.path)[0])
         print(f"training starts again, restart {count}: {what}", flush=True)
         journal.tags({f"restart/{count}": what})
+        journal.text(f"restart/{count}.txt", whole)
 
     def stacks() -> str:
         new = sorted(_stacks(job) - known)

@@ -25,6 +25,7 @@ from typing import Any
 
 from ldm.storage import StorageError
 from pipelines import quarantine, rewind
+from pipelines.cluster import FULL
 from pipelines.config import Config, ConfigError, compose, compose_plain, options, plain
 from pipelines.dag import (
     ROOT,
@@ -69,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"\n{stopped}\n", file=sys.stderr)
         return stopped.exit_code
+    except OSError as error:  # of what is written beside the stages: the report, the journal of the run
+        if error.errno not in FULL:
+            raise
+        print(f"\ndisk full: {error}. Make room there; the same command goes on\n", file=sys.stderr)
+        return 1
 
 
 def usage() -> str:
@@ -251,20 +257,32 @@ def _run_stages(dag: Dag, wanted: list[str], command: str, stack: ExitStack) -> 
 
 
 @contextmanager
-def accounted(dag: Dag, wanted: list[str], journal: Any) -> Iterator[None]:
-    """However the block ends, an account is given of what its stages made; what ended it is never hidden."""
+def _at_the_end(write: Callable[[BaseException | None], None], failed: str) -> Iterator[None]:
+    """However the block ends, `write` is called with what ended it, and never hides that by an error of its own."""
     try:
         yield
     except BaseException as error:
         try:
+            write(error)
+        except Exception as other:  # whatever it is, it must not stand in for what ended the run
+            print(f"{failed}: {type(other).__name__}: {other}", file=sys.stderr)
+        raise
+    write(None)
+
+
+@contextmanager
+def accounted(dag: Dag, wanted: list[str], journal: Any) -> Iterator[None]:
+    """However the block ends, an account is given of what its stages made."""
+
+    def give(error: BaseException | None) -> None:
+        if error is not None:
             for stage in wanted:
                 with suppress(StaleError):  # as it was known before
                     dag.refresh(stage)
-            give_account(dag, wanted, journal, stopped=f"{type(error).__name__}: {error}")
-        except Exception as other:  # whatever it is, it must not stand in for what ended the run
-            print(f"no report of the stopped run: {type(other).__name__}: {other}", file=sys.stderr)
-        raise
-    give_account(dag, wanted, journal)
+        give_account(dag, wanted, journal, "" if error is None else f"{type(error).__name__}: {error}")
+
+    with _at_the_end(give, "no report of the stopped run"):
+        yield
 
 
 def give_account(dag: Dag, wanted: list[str], journal: Any, stopped: str = "") -> None:
@@ -399,7 +417,7 @@ def _run_one(dag: Dag, stage: str, tracker: Any, command: str) -> None:
     module = importlib.import_module(f"pipelines.stages.{stage}")
     goals = {"train": dag.config.training.max_steps, "train_autoencoder": dag.config.autoencoder_training.max_steps}
     showing = progress.following(dag.run_folder, {stage: goals.get(stage, 0)})
-    with tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing, cluster.on_the_driver(job):
+    with cluster.on_the_driver(job), tracked(dag, stage, tracker) as journal, _noted(dag, stage, command), showing:
         if STAGES[stage].kind == "table":
             files = module.source_files(job)
             funnel = module.run(job, files)
@@ -442,14 +460,16 @@ def _noted(dag: Dag, stage: str, command: str) -> Iterator[dict[str, Any]]:
     folder = dag.statuses[stage].job.output
     note = {"started": time.time(), "finished": None, "shards": 0, "host": socket.gethostname(),
             "code_version": code_version(), "command": command}
-    try:
-        yield note
-    finally:
+
+    def write(error: BaseException | None) -> None:
         note["finished"] = note["finished"] or time.time()
         note["seconds"] = round(note["finished"] - note["started"], 1)
         path = folder / "run.json"
         runs = read_json(path)["runs"] if path.exists() else []
         write_json(path, {"format": 1, "runs": [*runs, note]})
+
+    with _at_the_end(write, "no note of it in run.json"):
+        yield note
 
 
 def code_version() -> str:

@@ -4,7 +4,9 @@
     deepspeed --num_accelerators 8 --module pipelines.torchrun +experiment=laion400m_1p45b
 
 What training reads must be finished. What a run under Ray tells MLflow goes to the journal, and `python -m
-pipelines.sync` sends it. SIGTERM and SIGINT to these processes save and leave; the same command goes on from there.
+pipelines.sync` sends it. After SIGTERM or SIGINT to one of these processes, or to their launcher, all save and leave
+with exit code 143 or 130; the same command goes on from there. A launcher kills what is left after 30 seconds; torchrun
+waits longer with --shutdown-timeout 300.
 """
 
 from __future__ import annotations
@@ -16,18 +18,20 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
+from pipelines.cluster import on_the_driver
 from pipelines.config import ConfigError, compose, plain
 from pipelines.dag import Dag, Job, reads
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StaleError
 from pipelines.run import begin, code_version, normalise, tracked
-from pipelines.stopping import SIGNALS
+from pipelines.stopping import SIGNALS, Stopped, ending
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One process. Returns the exit code: 0 done, 1 stopped before the last step, 2 the request does not fit."""
+    """One process. Returns the exit code: 0 done, 1 it failed, 2 the request does not fit, 130 or 143 a signal."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # DeepSpeed's launcher adds --local_rank=N to what it was given; its environment says the same.
@@ -44,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{stopped}\n", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 
@@ -64,12 +72,16 @@ def train_here(dag: Dag) -> None:
     from pipelines.stages import train
 
     job = dag.statuses["train"].job
-    first = join(cuda=job.how.cluster.train.num_gpus > 0).rank == 0
-    with ExitStack() as stack:
+    with ending(), ExitStack() as stack:  # signals are ours until all is closed
+        first = join().rank == 0
         prepared = _from_the_first(lambda: _prepare(dag, stack), first)
-        _ask_on_signals(job)
-        train.work({"job": job, "selections": prepared.selections})
+        caught = _ask_on_signals(job)
+        with on_the_driver(job):
+            train.work({"job": job, "selections": prepared.selections})
+        numbers = _of_all(max(caught, default=0))
         dist.destroy_process_group()  # what follows is done alone
+        if any(numbers):
+            raise Stopped(max(numbers))
         if first:
             train.commit(job, prepared)
 
@@ -107,12 +119,31 @@ def _from_the_first(make: Callable[[], Any], first: bool) -> Any:
     return made
 
 
-def _ask_on_signals(job: Job) -> None:
-    """Every signal asks to save and leave. Terminals and launchers send several, so none of them ends it at once."""
+def _ask_on_signals(job: Job) -> list[int]:
+    """Every signal asks to save and leave. Terminals and launchers send several, so none of them ends it at once.
+
+    Returns the list of those that come.
+    """
     from pipelines.stages.train import STOP
 
+    caught: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        (job.output / STOP).touch()
+
     for number in SIGNALS:
-        signal.signal(number, lambda *_: (job.output / STOP).touch())
+        signal.signal(number, ask)
+    return caught
+
+
+def _of_all(mine: int) -> list[int]:
+    """A number of each process, in order of rank."""
+    import torch.distributed as dist
+
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, mine)
+    return numbers
 
 
 if __name__ == "__main__":

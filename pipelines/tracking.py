@@ -98,8 +98,11 @@ def _end(journal: Journal, error: BaseException | None) -> None:
         journal.status("FINISHED")
     else:
         state = "FAILED" if isinstance(error, Exception) else "KILLED"
-        journal.text("error.txt", "".join(traceback.format_exception(error)))
-        journal.status(state, f"{type(error).__name__}: {first_line(error)}")
+        try:
+            journal.text("error.txt", "".join(traceback.format_exception(error)))
+            journal.status(state, f"{type(error).__name__}: {first_line(error)}")
+        except OSError as other:  # of a full disk, say: `error` tells of it, and must not be hidden
+            say(f"{journal.path} does not say how it ended: {other}")
     journal.close()
 
 
