@@ -9,35 +9,45 @@ import torch
 from torch import Tensor
 
 from ldm import generate
-from ldm.config import TrainSettings
+from ldm.config import TrainingConfig, TrainSettings
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.training import checks
 from ldm.training.engine import World, check_kept, deepspeed_config
 from pipelines.config import Config
+from pipelines.settings import TrainResources
 
 
 def check_model(config: Config) -> None:
     """Raises ValueError, naming the settings, where train and generate could not work with them."""
+    check_training(config)
+    generate.check(config.generation, checks.schedule_of(config.diffusion), config.diffusion.prediction)
+    _try_shapes(config)
+
+
+def check_training(config: Config) -> None:
+    """The same for training alone, by what needs no file of the user's."""
     checks.check(
         TrainSettings(
             unet=config.unet, text_encoder=config.text_encoder, diffusion=config.diffusion, training=config.training
         )
     )
-    generate.check(config.generation, checks.schedule_of(config.diffusion), config.diffusion.prediction)
-    resources = config.cluster.train
+    if config.unet.out_channels != (channels := config.autoencoder.network.latent_channels):
+        raise ValueError(f"unet.out_channels is {config.unet.out_channels}; the autoencoder's latents have {channels}")
+    check_layout(config.training, config.cluster.train)
+
+
+def check_layout(training: TrainingConfig, resources: TrainResources) -> None:
+    """Raises ValueError where the engine would refuse these processes, their ZeRO stage or their micro batch."""
     check_kept(resources.run)
     device = torch.device("cuda" if resources.num_gpus else "cpu")
-    deepspeed_config(config.training, resources.run, World(0, resources.workers, device))
-    _try_shapes(config)
+    deepspeed_config(training, resources.run, World(0, resources.workers, device))
 
 
 def _try_shapes(config: Config) -> None:
     """One step without numbers: latents of the autoencoder through text encoder and U-Net, and back again."""
     network = config.autoencoder.network
     side, channels = config.dataset.precompute_latents.resolution // network.factor, network.latent_channels
-    if config.unet.out_channels != channels:
-        raise ValueError(f"unet.out_channels is {config.unet.out_channels}; the autoencoder's latents have {channels}")
     condition = {}
     if config.text_encoder is not None:
         condition["tokens"] = make_tokenizer(config.text_encoder)([""]).to("meta")

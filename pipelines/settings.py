@@ -157,11 +157,12 @@ class TableResources:
 
 @dataclass(frozen=True)
 class GpuConfig:
-    """The GPU that training runs on, for `python -m pipelines.plan` and for the share of its peak that is reached."""
+    """The GPU, or the core of a processor, that each worker of training has: for `python -m pipelines.plan`, and for
+    the share of its peak that is reached."""
 
     name: str
-    memory_bytes: float
-    peak_flops: float  # dense products of bf16, in a second
+    memory_bytes: float  # for each worker
+    peak_flops: float  # dense products in a second, of bf16 on a GPU
     mfu: float  # share of that which a plan reckons with
     price_per_hour: float  # US dollars
 
@@ -172,7 +173,7 @@ class TrainResources:
     num_cpus: float  # for each worker
     num_gpus: float  # for each worker; 0 trains on the processor
     max_failures: int  # restarts of the worker group before the stage fails
-    gpu: GpuConfig | None  # null: processors
+    gpu: GpuConfig | None  # null: nobody knows, and plan cannot say what training costs
     run: TrainingRunConfig
 
 

@@ -1,179 +1,190 @@
-"""What a training run will cost, before it starts: memory for each GPU, arithmetic, days, money.
+"""What a training run will cost, before it starts: memory for each device, arithmetic, days, money.
 
-Counts of parameters, arithmetic and activations are taken from the model itself, built without memory (device "meta")
-and run once; what ZeRO shares out follows from Rajbhandari et al. 2020, Sec. 3, and from what ldm/training/engine.py
-does. A process also needs 1 to 3 GB for CUDA, its libraries and its largest buckets: RESERVE_BYTES.
+What a model takes is counted by ldm/training/costs.py; what ZeRO shares out follows from Rajbhandari et al. 2020, Sec.
+3, from what ldm/training/engine.py asks of DeepSpeed, and from what DeepSpeed 0.19 does with it.
+tests/ldm/training/test_budget.py holds it against processes that train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import TrainingConfig, TrainingRunConfig, TrainSettings
-from ldm.models.attention import AttentionBlock, SpatialTransformer
-from ldm.models.blocks import ResBlock
-from ldm.models.denoiser import Denoiser, make_denoiser
+from ldm.models.denoiser import make_denoiser
+from ldm.training.costs import ModelCosts, model_costs
+from ldm.training.engine import WEIGHTS, World, deepspeed_config
 
-RESERVE_BYTES = 3e9
-BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock)  # what activation checkpointing computes again
+# What a process has besides its tensors: on a GPU CUDA, its libraries, their workspaces and what is lost between
+# blocks; on a processor torch and DeepSpeed.
+RESERVE_BYTES = {"cuda": 3e9, "cpu": 0.7e9}
 
-
-@dataclass(frozen=True)
-class ModelCosts:
-    """What a model costs for one sample, and to keep."""
-
-    trained: int  # parameters that the optimizer moves
-    averaged: int  # of those, how many have an average
-    frozen: int
-    forward_flop: float  # of all, frozen parts included; a multiplication and an addition are two
-    frozen_flop: float  # of the frozen parts, which have no backward pass
-    activation_bytes: float  # kept for the backward pass, in float32
-    checkpointed_bytes: float  # the same with activation checkpointing: inputs of blocks, and the largest block
-
-    def step_flop(self) -> float:
-        """For one sample of an optimizer step: the backward pass costs two forward passes (Kaplan et al. 2020)."""
-        return 3 * (self.forward_flop - self.frozen_flop) + self.frozen_flop
+# DeepSpeed's own values of reduce_bucket_size, stage3_max_live_parameters, stage3_prefetch_bucket_size, sub_group_size:
+# how many numbers it exchanges, keeps gathered, gathers and updates at once.
+BUCKET, LIVE, PREFETCH, SUB_GROUP = 500_000_000, 1_000_000_000, 50_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU."""
+    """Bytes on each device."""
 
+    # Kept from step to step.
     weights: float
     gradients: float
     optimizer: float  # float32 weights and both moments
     average: float
+    # While a micro batch goes forward and back, beside those.
     activations: float
+    buckets: float  # in which DeepSpeed exchanges gradients
+    gathered: float  # stage 3: weights of others
+    # At other times.
+    update: float  # beside what is kept, while the optimizer steps
+    grid: float  # beside what is kept, in the first process, while it draws samples
+    start: float  # all, before DeepSpeed has shared out
+    # At all times.
+    reserve: float
+
+    def kept(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.average
+
+    def peaks(self) -> dict[str, float]:
+        """The most at each part of a run."""
+        return {
+            "forward and back": self.reserve + self.kept() + self.activations + self.buckets + self.gathered,
+            "update": self.reserve + self.kept() + self.update,
+            "grid of samples": self.reserve + self.kept() + self.grid,
+            "start": self.reserve + self.start,
+        }
 
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations + RESERVE_BYTES
+        return max(self.peaks().values())
 
 
-def costs_of(settings: TrainSettings, latent_shape: list[int]) -> ModelCosts:
-    """Of the model that settings describe, on latents (c, h, w)."""
-    text = settings.text_encoder
+def costs_of(settings: TrainSettings, latent_shape: list[int], cached_context: bool = False) -> ModelCosts:
+    """Of the model that settings describe, on latents (c, h, w); `cached_context`: a frozen text encoder is not run."""
+    text, training = settings.text_encoder, settings.training
     with torch.device("meta"):
         denoiser = make_denoiser(settings.unet, text)
+        condition = {}
+        if text is not None and cached_context:
+            condition = {"context": torch.empty(1, text.length, text.width)}
+            denoiser.text_encoder = None
+        elif text is not None:
+            condition = {"tokens": torch.zeros(1, text.length, dtype=torch.int64)}
         z_t = torch.empty(1, *latent_shape)
-        condition = {} if text is None else {"tokens": torch.zeros(1, text.length, dtype=torch.int64)}
-    return model_costs(denoiser, z_t, condition, settings.training.ema_of)
+    return model_costs(denoiser, z_t, condition, training.ema_of, training.precision)
 
 
-def model_costs(denoiser: Denoiser, z_t: Tensor, condition: dict[str, Tensor], ema_of: str) -> ModelCosts:
-    """Runs one sample z_t (1, c, h, w) through a denoiser on the device "meta"."""
-    parameters = list(denoiser.named_parameters())
-    trained = {name: p.numel() for name, p in parameters if p.requires_grad}
-    t = torch.zeros(1, dtype=torch.int64, device="meta")
-    kept = _Kept(denoiser)
-    with FlopCounterMode(display=False) as flop, kept.counted(), _FlashAttention():
-        denoiser(z_t, t, condition)
-    with FlopCounterMode(display=False) as frozen_flop, torch.no_grad():
-        if denoiser.text_encoder is not None and not any(p.requires_grad for p in denoiser.text_encoder.parameters()):
-            denoiser.encode_condition(condition)
-    return ModelCosts(
-        trained=sum(trained.values()),
-        averaged=sum(n for name, n in trained.items() if ema_of == "all" or name.startswith("unet.")),
-        frozen=sum(p.numel() for _, p in parameters if not p.requires_grad),
-        forward_flop=float(flop.get_total_flops()),
-        frozen_flop=float(frozen_flop.get_total_flops()),
-        activation_bytes=kept.bytes,
-        checkpointed_bytes=kept.bytes - sum(kept.blocks) + kept.inputs + max(kept.blocks, default=0.0),
-    )
-
-
-class _FlashAttention(TorchFunctionMode):
-    """Attention as GPUs compute it: on the device "meta" torch would keep every score for the backward pass."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and not kwargs:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        return func(*args, **(kwargs or {}))
-
-
-class _Kept:
-    """Adds up what autograd keeps of a forward pass; weights, which are there anyway, do not count."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.bytes = self.inputs = 0.0
-        self.blocks: list[float] = []  # what each block keeps
-        self._seen = {p.untyped_storage()._cdata for p in module.parameters()}
-        self._alive: list[Tensor] = []  # so that no storage is freed and its place counted as seen
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        handles = []
-        for block in self.module.modules():
-            if isinstance(block, BLOCKS):
-                handles.append(block.register_forward_pre_hook(self._enter))
-                handles.append(block.register_forward_hook(self._leave))
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x):
-            yield
-        for handle in handles:
-            handle.remove()
-
-    def _keep(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(x)
-            self.bytes += storage.nbytes()
-        return x
-
-    def _enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.blocks.append(-self.bytes)
-        self.inputs += inputs[0].numel() * inputs[0].element_size()
-
-    def _leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.blocks[-1] += self.bytes
-
-
-def memory(costs: ModelCosts, training: TrainingConfig, how: TrainingRunConfig, world_size: int) -> Memory:
-    """What each of `world_size` GPUs holds while it trains.
+def memory(
+    costs: ModelCosts, training: TrainingConfig, how: TrainingRunConfig, world: World, autoencoder: float = 0.0
+) -> Memory:
+    """What one of `world.world_size` devices like `world.device` holds while it trains; `autoencoder`: bytes of its
+    weights, which the first process loads to draw samples.
 
     float32 at stage 0 updates the weights themselves; from stage 1 on each process has its share of float32 weights
-    beside those that the model computes with. bf16_autocast keeps weights in float32 and half of the activations; bf16
-    sums its gradients in float32. What is frozen stays whole and in float32 on every GPU. What DeepSpeed's keys offload
-    counts nothing: the optimizer takes the averages with it, and at stage 3 the gradients.
+    beside those that the model computes with. bf16_autocast keeps weights in float32; bf16 sums its gradients in
+    float32. What is frozen stays whole and in float32 on every device. What DeepSpeed's keys offload counts nothing:
+    the optimizer takes the averages with it, and at stage 3 the gradients. Raises ValueError where the engine refuses.
     """
-    n, share, stage = costs.trained, 1 / world_size, how.zero_stage
-    width = 2 if training.precision in ("bf16", "fp16") else 4
-    optimizer_is_here = stage == 0 or not offloaded(how, "offload_optimizer")
-    weights_are_here = stage < 3 or not offloaded(how, "offload_param")
+    config = deepspeed_config(training, how, world)
+    stage, device = how.zero_stage, world.device.type
+    n, share = costs.trained, 1 / world.world_size
+    width = 2 if training.precision in WEIGHTS else 4
+    optimizer_is_here = stage == 0 or not offloaded(how, "offload_optimizer", device)
+    weights_are_here = stage < 3 or not offloaded(how, "offload_param", device)
     activations = costs.checkpointed_bytes if how.activation_checkpointing else costs.activation_bytes
-    gradients = _gradient_width(training, how) * n * (share if stage >= 2 else 1)
+    grid = width * (n + costs.frozen) if training.grid.prompts and training.grid.every_steps else 0.0
     return Memory(
         weights=weights_are_here * width * n * (share if stage == 3 else 1) + 4 * costs.frozen,
-        gradients=gradients if stage < 3 or optimizer_is_here else 0.0,
-        optimizer=optimizer_is_here * (8 * n if stage == 0 else 12 * n * share),
-        average=optimizer_is_here * 4 * costs.averaged * (share if stage else 1),
-        activations=activations * how.micro_batch_size * (1 if training.precision == "float32" else 0.5),
+        gradients=_gradients(config, n, share) if stage < 3 or optimizer_is_here or device == "cpu" else 0.0,
+        optimizer=optimizer_is_here * (8 * n if stage == 0 else _states_width(config) * n * share),
+        average=optimizer_is_here * 4 * costs.averaged * share,
+        activations=activations * how.micro_batch_size + costs.cast_bytes,
+        buckets=_buckets(config, n, device),
+        gathered=_gathered(config, n) if stage == 3 else 0.0,
+        update=_update(config, n, share, device) if optimizer_is_here else 0.0,
+        grid=grid + autoencoder if grid else 0.0,
+        start=max(4, 2 * width if stage in (1, 2) else 0) * n + 4 * costs.frozen,
+        reserve=RESERVE_BYTES[device],
     )
 
 
-def offloaded(how: TrainingRunConfig, part: str) -> bool:
-    """Whether DeepSpeed's keys put "offload_optimizer" or "offload_param" beside the GPU."""
+def _width(config: dict[str, Any]) -> int:
+    """Bytes of each number that the model computes with."""
+    return 2 if config["bf16"]["enabled"] or config["fp16"]["enabled"] else 4
+
+
+def _sum_width(config: dict[str, Any]) -> int:
+    """Bytes of each number in the sum of gradients."""
+    return 4 if config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else _width(config)
+
+
+def _sums_apart(config: dict[str, Any]) -> bool:
+    """Whether the sums of gradients lie in a row of their own, ready for the optimizer, and not in the gradients."""
+    return _sum_width(config) != _width(config)
+
+
+def _gradients(config: dict[str, Any], n: int, share: float) -> float:
+    """The sum over micro batches, and at stage 2 the newest micro batch's share beside it."""
+    stage = config["zero_optimization"]["stage"]
+    if stage < 2:
+        return _sum_width(config) * n
+    beside = stage == 2 and config["gradient_accumulation_steps"] > 1 and not _sums_apart(config)
+    return _sum_width(config) * n * share * (2 if beside else 1)
+
+
+def _buckets(config: dict[str, Any], n: int, device: str) -> float:
+    """What gradients are exchanged in during the backward pass: as large as it is set, whatever the model's size."""
+    zero, stage = config["zero_optimization"], config["zero_optimization"]["stage"]
+    if stage == 0 or (stage == 1 and _sums_apart(config)) or not zero.get("contiguous_gradients", True):
+        return 0.0
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    # On a processor memory that nothing is written to takes no place.
+    size = min(n, bucket) if device == "cpu" else bucket
+    if stage == 3:
+        return _width(config) * (size + min(n, bucket))  # and once more, sorted by process
+    return (_sum_width(config) if stage == 1 else _width(config)) * size * (2 if zero.get("overlap_comm") else 1)
+
+
+def _gathered(config: dict[str, Any], n: int) -> float:
+    """Weights that are whole, and those that arrive, which are there twice for a moment."""
+    zero = config["zero_optimization"]
+    live, arriving = zero.get("stage3_max_live_parameters", LIVE), zero.get("stage3_prefetch_bucket_size", PREFETCH)
+    return float(_width(config) * (min(n, live) + min(n, arriving)))
+
+
+def _states_width(config: dict[str, Any]) -> int:
+    """Bytes of each weight's master and moments, which DeepSpeed's keys may make bf16."""
+    bf16 = config["bf16"]
+    return (2 if bf16.get("bf16_master_weights_and_grads") else 4) + (4 if bf16.get("bf16_optimizer_states") else 8)
+
+
+def _update(config: dict[str, Any], n: int, share: float, device: str) -> float:
+    """What a step of the optimizer takes beside what is kept, the exchange of gradients before it included."""
+    zero, stage = config["zero_optimization"], config["zero_optimization"]["stage"]
+    bucket = min(n, zero.get("reduce_bucket_size", BUCKET))
+    if stage == 0:
+        return _sum_width(config) * bucket
+    if stage == 3:
+        return 4.0 * min(n * share, zero.get("sub_group_size", SUB_GROUP))
+    if stage == 1 and _sums_apart(config):
+        return _width(config) * n if device == "cpu" else 0.0  # gloo gathers weights into a copy
+    contiguous = zero.get("contiguous_gradients", True)
+    if stage == 1:  # a share of the gradients in a row, after those of the others have gone
+        return max(4 * n * (2 * share - 1), _buckets(config, n, device) if contiguous else _sum_width(config) * bucket)
+    # Gradients that wait for their exchange, and the same in a row.
+    exchange = 0.0 if contiguous else _width(config) * bucket * (2.0 if _sums_apart(config) else 2 - share)
+    return max(exchange, 0.0 if _sums_apart(config) else 4 * n * share)
+
+
+def offloaded(how: TrainingRunConfig, part: str, device: str) -> bool:
+    """Whether DeepSpeed's keys put "offload_optimizer" or "offload_param" elsewhere than on the device."""
     zero: Any = how.deepspeed.get("zero_optimization") or {}
-    return (zero.get(part) or {}).get("device", "none") != "none"
+    return (zero.get(part) or {}).get("device", "none") not in ("none", device)
 
 
-def _gradient_width(training: TrainingConfig, how: TrainingRunConfig) -> int:
-    """Bytes of each number in the sum of gradients, which DeepSpeed's keys may make bf16."""
-    if training.precision == "fp16":
-        return 2
-    types: Any = how.deepspeed.get("data_types") or {}
-    return 2 if training.precision == "bf16" and types.get("grad_accum_dtype") == "bf16" else 4
-
-
-def gpu_seconds(costs: ModelCosts, training: TrainingConfig, peak_flops: float, mfu: float) -> float:
-    """Seconds of one GPU for the whole run, at a share `mfu` of its peak."""
-    return costs.step_flop() * training.batch_size * training.max_steps / (peak_flops * mfu)
+def gpu_seconds(costs: ModelCosts, training: TrainingConfig, how: TrainingRunConfig, flops: float) -> float:
+    """Seconds of one device for the whole run, at `flops` a second."""
+    return costs.computed_flop(how.activation_checkpointing) * training.batch_size * training.max_steps / flops

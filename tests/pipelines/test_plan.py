@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,39 +12,43 @@ import torch
 from ldm import encode_sizes
 from ldm.models.autoencoder import load_autoencoder
 from ldm.models.denoiser import make_denoiser
-from ldm.training.budget import RESERVE_BYTES, Memory, ModelCosts, gpu_seconds, memory, model_costs
+from ldm.training.costs import model_costs
 from pipelines import plan, plan_encoding
-from pipelines.config import CONF, ConfigError, compose, options
-from tests.ldm.training.tiny import RUN, TEXT_ENCODER, TRAINING, UNET
+from pipelines.config import CONF, compose, options
 
-COSTS = ModelCosts(trained=1000, averaged=600, frozen=100, forward_flop=50.0, frozen_flop=10.0, activation_bytes=64.0,
-                   checkpointed_bytes=16.0)  # fmt: skip
+PAPER = "+experiment=laion400m_1p45b"
 
 
-def memory_of(precision: str, **run: Any) -> Memory:
-    """Of each of four GPUs, with micro batches of two."""
-    return memory(COSTS, replace(TRAINING, precision=precision), replace(RUN, micro_batch_size=2, **run), 4)
-
-
-def with_gpus() -> list[str]:
-    return [name for name in options("experiment") if compose([f"+experiment={name}"]).cluster.train.gpu is not None]
-
-
-@pytest.mark.parametrize("name", with_gpus())
-def test_a_preset_opens_with_what_the_plan_says_and_fits_its_gpu(name: str) -> None:
-    made = plan.make_plan(compose([f"+experiment={name}"]))
-    header = (CONF / "experiment" / f"{name}.yaml").read_text().partition("\ndefaults:")[0]
+@pytest.mark.parametrize("name", options("experiment"))
+def test_a_preset_opens_with_what_the_plan_says_and_fits(name: str) -> None:
+    """By the command that it names itself."""
+    header = (CONF / "experiment" / f"{name}.yaml").read_text().partition("\nname:")[0].partition("\ndefaults:")[0]
+    asked = re.search(r"`python -m pipelines\.plan ([^`]+)`", header)[1].split()
+    assert f"+experiment={name}" in asked
+    made = plan.make(compose(asked))
     assert f"# {plan.headline(made)}\n" in header
-    assert made.memory().total() < made.gpu.memory_bytes
+    assert made.bytes < made.gpu.memory_bytes
 
 
-def test_the_presets_with_gpus_are_those_that_we_know() -> None:
-    assert with_gpus() == ["laion400m_1p45b", "sd2_256", "sd2_512", "single_gpu_1p45b"]
+def test_the_presets_are_those_that_we_know() -> None:
+    assert options("experiment") == [
+        "default", "laion400m_1p45b", "openmoji_autoencoder", "sd2_256", "sd2_512", "single_gpu_1p45b", "smoke"
+    ]  # fmt: skip
+
+
+def test_the_default_job_has_a_name() -> None:
+    assert compose(["+experiment=default"]) == compose([])
+
+
+def test_the_second_half_starts_from_the_first_one_s_weights() -> None:
+    first, second = (compose([f"+experiment=sd2_{px}", "paths.outputs=/runs"]) for px in (256, 512))
+    step = f"step-{first.training.max_steps:08d}"
+    assert second.training.start_from == f"/runs/{first.name}/train/{step}/ema.safetensors"
 
 
 def test_the_paper_s_model_has_its_parameters_and_the_arithmetic_of_its_matrices() -> None:
     """A matrix costs two FLOP for each weight and token: nearly all of the text encoder is matrices."""
-    config = compose(["+experiment=laion400m_1p45b"])
+    config = compose([PAPER])
     costs = plan.costs_of(config)
     with torch.device("meta"):
         unet = make_denoiser(config.unet, None)
@@ -56,82 +59,79 @@ def test_the_paper_s_model_has_its_parameters_and_the_arithmetic_of_its_matrices
     matrices = 542_895_360 - 30522 * 1280  # without the table of tokens
     assert costs.forward_flop - alone.forward_flop == pytest.approx(2 * 77 * matrices, rel=0.03)
     assert costs.checkpointed_bytes < 0.5 * costs.activation_bytes
+    # Blocks are the U-Net but for its ends and what changes its sides.
+    assert 0.8 * alone.forward_flop < costs.blocks_flop == alone.blocks_flop < alone.forward_flop
 
 
-@pytest.mark.parametrize("stage, expected", [
-    (0, 4 * 1100 + 4000 + 8000 + 2400),  # everything, and the average
-    (1, 4 * 1100 + 4000 + 12000 / 4 + 600),
-    (2, 4 * 1100 + 1000 + 12000 / 4 + 600),
-    (3, 4 * 350 + 1000 + 12000 / 4 + 600),
+def test_activation_checkpointing_takes_longer_and_saves_memory() -> None:
+    plain, again = (plan.make_plan(compose([PAPER, f"cluster.train.run.activation_checkpointing={x}"]))
+                    for x in ("false", "true"))  # fmt: skip
+    blocks = plain.costs.blocks_flop / plain.costs.step_flop()
+    assert again.gpu_hours == pytest.approx((1 + blocks) * plain.gpu_hours) and 0.1 < blocks < 1 / 3
+    assert again.bytes < plain.bytes
+    assert "of a sample again" in plan.describe(again) and "again" not in plan.describe(plain)
+
+
+def test_a_frozen_text_encoder_costs_nothing_where_its_features_are_cached() -> None:
+    run, cached = (plan.make_plan(compose(["+experiment=sd2_256", f"dataset.precompute_latents.text_features={x}"]))
+                   for x in ("false", "true"))  # fmt: skip
+    assert run.costs.frozen > 3e8 and cached.costs.frozen == cached.costs.frozen_flop == 0
+    assert cached.costs.step_flop() == run.costs.step_flop() - run.costs.frozen_flop
+    assert run.memory().weights - cached.memory().weights == 4 * run.costs.frozen
+    assert cached.gpu_hours < run.gpu_hours
+
+
+@pytest.mark.parametrize("overrides, words", [
+    ([PAPER, "cluster.train.workers=64"], "680, which 64 processes cannot share"),
+    ([PAPER, "cluster.train.run.micro_batch_size=16"], "which does not divide the 85 samples"),
+    ([PAPER, "cluster.train.workers=0"], "cluster.train.workers is 0"),
+    (["+experiment=single_gpu_1p45b", "cluster.train.run.zero_stage=0"], "zero_stage=1"),
+    ([PAPER, "cluster.train.run.zero_stage=3", "cluster.train.run.compile=true"], "compile"),
+    ([PAPER, "unet.out_channels=3"], "unet.out_channels is 3"),
+    (["cluster.train.gpu=null"], "cluster=h100"),
+    ([PAPER, "+stage=train_autoencoder"], "cluster=local"),
 ])  # fmt: skip
-def test_memory_of_each_stage_in_closed_form(stage: int, expected: float) -> None:
-    found = memory_of("float32", zero_stage=stage)
-    assert found.total() == pytest.approx(expected + 2 * 64 + RESERVE_BYTES)
-    assert memory_of("float32", zero_stage=stage, activation_checkpointing=True).activations == 32
+def test_what_training_would_refuse_has_no_price(
+    overrides: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(overrides) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.out == ""
 
 
-def test_bf16_halves_weights_and_activations_but_no_sum_and_no_state() -> None:
-    whole, half = memory_of("float32"), memory_of("bf16")
-    frozen = 4 * COSTS.frozen  # which stays as it is
-    assert (half.weights - frozen, half.activations) == ((whole.weights - frozen) / 2, whole.activations / 2)
-    assert (half.gradients, half.optimizer, half.average) == (whole.gradients, whole.optimizer, whole.average)
-    small = memory_of("bf16", deepspeed={"data_types": {"grad_accum_dtype": "bf16"}})
-    assert small == replace(half, gradients=whole.gradients / 2)
+def table(text: str) -> dict[str, list[str]]:
+    """First word of each line of the table -> the others."""
+    lines = [line.split() for line in text.partition("by ZeRO stage and micro batch")[2].splitlines()[1:]]
+    return {line[0]: line[1:] for line in lines}
 
 
-def test_what_is_offloaded_counts_nothing() -> None:
-    optimizer = {"offload_optimizer": {"device": "cpu"}}
-    both = {**optimizer, "offload_param": {"device": "cpu"}}
-    here = memory_of("bf16", zero_stage=2)
-    assert memory_of("bf16", zero_stage=2, deepspeed={"zero_optimization": both}) == replace(
-        here, optimizer=0, average=0
-    )
-    here = memory_of("bf16", zero_stage=3)
-    found = memory_of("bf16", zero_stage=3, deepspeed={"zero_optimization": optimizer})
-    assert found == replace(here, optimizer=0, average=0, gradients=0)
-    found = memory_of("bf16", zero_stage=3, deepspeed={"zero_optimization": both})
-    assert found == replace(here, optimizer=0, average=0, gradients=0, weights=4 * COSTS.frozen)
-    none = {"offload_optimizer": {"device": "none"}}
-    assert memory_of("bf16", zero_stage=3, deepspeed={"zero_optimization": none}) == here
-
-
-def test_a_frozen_part_has_no_backward_pass() -> None:
-    assert COSTS.step_flop() == 3 * 40 + 10
-    training = replace(TRAINING, batch_size=8, max_steps=5)
-    assert gpu_seconds(COSTS, training, peak_flops=100.0, mfu=0.5) == 130 * 8 * 5 / 50
-
-
-def test_activations_are_what_autograd_keeps() -> None:
-    """On the processor, with real tensors, the same model keeps as much, but for attention and small change."""
-    with torch.device("meta"):
-        costs = model_costs(make_denoiser(UNET, TEXT_ENCODER), torch.empty(1, 2, 4, 4),
-                            {"tokens": torch.zeros(1, 12, dtype=torch.int64)}, "all")  # fmt: skip
-    denoiser = make_denoiser(UNET, TEXT_ENCODER)
-    known = {p.data_ptr() for p in denoiser.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in known:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            alive.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        denoiser(torch.randn(1, 2, 4, 4), torch.zeros(1), {"tokens": torch.zeros(1, 12, dtype=torch.int64)})
-    assert costs.activation_bytes == pytest.approx(sum(kept.values()), rel=0.2)
+def test_the_table_holds_what_the_engine_takes() -> None:
+    sizes = table(plan.describe(plan.make_plan(compose([PAPER]))))
+    assert sizes["stage"] == ["1", "5", "17", "85"] and set(sizes) == {"stage", "0", "1", "2", "3"}
+    alone = table(plan.describe(plan.make_plan(compose(["+experiment=single_gpu_1p45b"]))))
+    assert set(alone) == {"stage", "1", "2", "3"}  # at stage 0 bf16 would have no masters
+    assert alone["stage"][:3] == ["1", "2", "4"] and "17" in alone["stage"] and len(alone["stage"]) <= 11
+    assert plan.micro_batches(680, 340)[-2:] == [40, 340]
 
 
 def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="cluster=h100"):
-        plan.make_plan(compose([]))
-    assert plan.main([]) == 2
-    small = ["cluster=h100", "text_encoder=words_tiny"]
+    small = ["cluster=h100", "text_encoder=words_tiny", "cluster.train.run.micro_batch_size=2"]
     assert plan.main(small) == 0
     text = capsys.readouterr().out
     assert "8 x H100 SXM" in text and "ZeRO stage" in text
     assert plan.main([*small, "cluster.train.gpu.memory_bytes=1e9"]) == 1
     assert "It does not fit" in capsys.readouterr().err
+    assert plan.main([]) == 0
+    assert "2 x processor core" in capsys.readouterr().out
+    assert plan.main(["+stage=train_autoencoder"]) == 0
+    assert "1,954,120 trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hours, words", [
+    (0.01, "under a minute"), (0.5, "30 minutes"), (3.0, "3.0 hours"), (36.0, "1.5 days"),
+])  # fmt: skip
+def test_a_duration_is_told_in_a_unit_that_fits(hours: float, words: str) -> None:
+    assert plan.duration(hours) == words
 
 
 def test_the_batch_to_encode_is_found_by_encoding(
