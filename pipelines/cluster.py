@@ -445,6 +445,24 @@ def train_once(worker: TrainingWorker, arguments: dict[str, Any], job: Job) -> N
         shutil.rmtree(scratch / name, ignore_errors=True)
 
 
+def check_room(config: ClusterConfig) -> None:
+    """Says where the cluster has less than training asks for: Ray would wait for more without a word.
+
+    Raises StageFailed on a Ray of our own, which never has more.
+    """
+    import ray
+
+    train, there = config.train, ray.cluster_resources()
+    asked = {"CPU": train.workers * train.num_cpus, "GPU": train.workers * train.num_gpus}
+    short = [f"{need:g} {name}s where there are {there.get(name, 0):g}"
+             for name, need in asked.items() if need > there.get(name, 0)]  # fmt: skip
+    if short:
+        what = f"training asks for {' and '.join(short)}: cluster.train.workers is {train.workers}"
+        if config.address == "local":
+            raise StageFailed(f"{what}; a lower number fits, or cluster.address of a larger cluster")
+        print(f"{what}; it begins once the cluster has them", flush=True)
+
+
 def _has_left(error: Exception) -> bool:
     """Whether a process left as it was asked to, or was taken away with its node before it could."""
     return isinstance(error, Left) or getattr(error, "preempted", False)

@@ -17,7 +17,10 @@ from pipelines.journal import Journal, journal_path, read_entries
 
 # Errors of training that a restart would meet again: refusals of ours, mistakes in settings or code, a full disk. All
 # others are what befalls machines, devices and connections.
-MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, FileNotFoundError)
+MISTAKES = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, FileNotFoundError,
+    AssertionError, NotImplementedError,
+)  # fmt: skip
 
 
 def launch(worker: cluster.TrainingWorker, arguments: dict[str, Any], job: Job, stop: Path) -> None:

@@ -104,7 +104,8 @@ def join(collective_seconds: float | None = None, cuda: bool | None = None) -> W
         backend = "nccl" if cuda else "gloo"
         alone = "MASTER_ADDR" not in os.environ
         own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        dist.init_process_group(backend, **own)
+        # Longer than one process may prepare while the others wait, whatever the backend thinks of that.
+        dist.init_process_group(backend, timeout=timedelta(days=1), **own)
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)

@@ -44,6 +44,7 @@ from ldm.training.grid import Decode, sample_grid
 from ldm.training.keeper import Keeper, LogCheckpoints
 from ldm.training.loader import TrainData, allow_open_files, hold_out
 from ldm.training.meter import Agreed, Meter, any_says
+from ldm.training.out_of_memory import settings_named
 from ldm.training.step import loss_of, make_loader, null_context, seed_dropout
 from ldm.training.together import by_first
 from ldm.training.validation import validation_loss
@@ -97,6 +98,7 @@ def train(
                 tell(subject, words)
 
     with ExitStack() as stack:
+        stack.enter_context(settings_named(training, run, world.world_size))
         watchdog = stack.enter_context(Watchdog(output / "stacks", world.rank, run.hang_seconds))
 
         # Who is to leave already loads nothing.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config import AutoencoderSettings
-from pipelines import launching, rewind, stopping
+from pipelines import cluster, launching, rewind, stopping
 from pipelines.dag import ROOT, Job
 from pipelines.devices import device_of
 from pipelines.journal import Journal, journal_path, read_entries
@@ -42,6 +42,7 @@ STOP = "stop"  # a file of this name in the stage's folder asks all workers to s
 
 def run(job: Job) -> Record:
     """Runs on the driver: selection, training, record."""
+    cluster.check_room(job.how.cluster)
     prepared = prepare(job)
     stopping.warn_of_short_grace()
     stop = job.output / STOP

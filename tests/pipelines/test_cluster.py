@@ -323,3 +323,16 @@ def test_what_nobody_asks_ends_when_nothing_is_lost_by_it_and_the_next_question_
         time.sleep(0.1)
     assert "Tally" not in names()
     assert other(0.0) == 1
+
+
+def test_a_cluster_too_small_for_training_is_told_before_anything_waits_for_it(
+    ray_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose([]).cluster
+    cluster.check_room(config)
+    assert capsys.readouterr().out == ""
+    wide = replace(config, train=replace(config.train, workers=64, num_gpus=1))
+    with pytest.raises(cluster.StageFailed, match="and 64 GPUs where there are 0: cluster.train.workers is 64; a lower"):
+        cluster.check_room(wide)
+    cluster.check_room(replace(wide, address="auto"))  # it may grow
+    assert "64 GPUs where there are 0" in (said := capsys.readouterr().out) and "once the cluster has them" in said

@@ -19,6 +19,7 @@ from torch.distributed import DistBackendError
 from ldm.storage import StorageError
 from ldm.training.bad_batches import TooManyBadBatches
 from ldm.training.checkpoint import NotWhole
+from ldm.training.out_of_memory import TooLittleMemory
 from ldm.training.saving import DiskFull
 from pipelines import cluster
 from pipelines.config import compose
@@ -35,6 +36,9 @@ AGAIN = [
     ValueError("training.batch_size is 7"),
     KeyError("unet"),
     FileNotFoundError("plan.json"),
+    TooLittleMemory("CUDA out of memory"),
+    AssertionError("ZeRO stage 2 does not support this"),
+    NotImplementedError("not with this optimizer"),
 ]
 PASSING = [
     RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
