@@ -15,14 +15,15 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from pipelines.cluster import on_the_driver
-from pipelines.config import ConfigError, compose, plain
+from pipelines.cluster import StageFailed, on_the_driver
+from pipelines.config import Config, ConfigError, compose, plain
 from pipelines.dag import Dag, Job, reads
 from pipelines.lock import LockedError, lock
 from pipelines.manifest import StaleError
@@ -41,11 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
                 print("train is up to date")
             return 0
         _check_inputs(dag)
+        _check_settings(dag.config)
         train_here(dag)
     except (ConfigError, StaleError, LockedError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
     except (RuntimeError, ValueError) as error:
+        if not (isinstance(error, StageFailed | ValueError) or getattr(error, "stops_the_run", False)):
+            traceback.print_exc()  # not a word of ours: whoever mends it wants to know where it came from
         print(f"\n{error}\n", file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -64,6 +68,17 @@ def _check_inputs(dag: Dag) -> None:
             )
 
 
+def _check_settings(config: Config) -> None:
+    """That training takes these settings, in as many processes as the launcher started."""
+    from pipelines.model_check import check_training
+
+    started, train = int(os.environ.get("WORLD_SIZE", "1")), config.cluster.train
+    try:
+        check_training(replace(config, cluster=replace(config.cluster, train=replace(train, workers=started))))
+    except ValueError as error:
+        raise ConfigError(f"{error}\n(the launcher started {started}; cluster.train.workers is for Ray)") from error
+
+
 def train_here(dag: Dag) -> None:
     """What the driver does under Ray falls to the first process; all of them train."""
     import torch.distributed as dist
@@ -73,7 +88,7 @@ def train_here(dag: Dag) -> None:
 
     job = dag.statuses["train"].job
     with ending(), ExitStack() as stack:  # signals are ours until all is closed
-        first = join().rank == 0
+        first = join(cuda=job.how.cluster.train.num_gpus > 0).rank == 0
         prepared = _from_the_first(lambda: _prepare(dag, stack), first)
         caught = _ask_on_signals(job)
         with on_the_driver(job):
@@ -115,7 +130,7 @@ def _from_the_first(make: Callable[[], Any], first: bool) -> Any:
         dist.broadcast_object_list(answer)
     made, failure = answer
     if failure is not None:
-        raise RuntimeError(f"the first process could not prepare training: {failure}")
+        raise StageFailed(f"the first process could not prepare training: {failure}")
     return made
 
 

@@ -332,7 +332,7 @@ def test_a_cluster_too_small_for_training_is_told_before_anything_waits_for_it(
     cluster.check_room(config)
     assert capsys.readouterr().out == ""
     wide = replace(config, train=replace(config.train, workers=64, num_gpus=1))
-    with pytest.raises(cluster.StageFailed, match="and 64 GPUs where there are 0: cluster.train.workers is 64; a lower"):
+    with pytest.raises(cluster.StageFailed, match="64 GPUs where there are 0: cluster.train.workers is 64; a lower"):
         cluster.check_room(wide)
     cluster.check_room(replace(wide, address="auto"))  # it may grow
     assert "64 GPUs where there are 0" in (said := capsys.readouterr().out) and "once the cluster has them" in said

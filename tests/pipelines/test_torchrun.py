@@ -9,12 +9,14 @@ import subprocess
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines import torchrun
 from pipelines.journal import RUN, journal_path, read_entries
 from pipelines.manifest import read_json
+from pipelines.stages import train
 from tests.ldm.training import processes
 from tests.pipelines.small_cache import make_cache
 from tests.pipelines.test_stopping import ROOT, SETTINGS, command, step_of, told
@@ -54,6 +56,29 @@ def test_where_the_first_process_cannot_prepare_the_others_say_so_and_end_too(tm
     assert {"training.learning_rate", "unet.model_channels"} <= params
     assert [(entry["status"], reason in entry["reason"]) for entry in told if entry["kind"] == "status"] == [
         ("RUNNING", False), ("FAILED", True)]  # fmt: skip
+
+
+def breaks(overrides: list[str]) -> tuple[int, str]:
+    def work(*_: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled")
+
+    train.work = work
+    return train_and_listen(overrides)
+
+
+def test_settings_are_held_against_the_processes_that_were_started(tmp_path: Path) -> None:
+    make_cache(tmp_path, *SETTINGS, shards=1)
+    overrides = [*command(tmp_path)[4:], "training.batch_size=16"]
+    said = processes.run(train_and_listen, overrides, world_size=3, seconds=120)
+    assert [code for code, _ in said] == [2, 2, 2]
+    assert all("which 3 processes cannot share equally" in words for _, words in said)
+    assert not (tmp_path / "small/train/lock").exists()
+
+
+def test_an_error_that_is_none_of_ours_says_where_it_came_from(tmp_path: Path) -> None:
+    make_cache(tmp_path, *SETTINGS, shards=1)
+    ((code, said),) = processes.run(breaks, command(tmp_path)[4:], seconds=120)
+    assert code == 1 and "Traceback" in said and said.endswith("NCCL error: unhandled")
 
 
 @pytest.mark.slow
