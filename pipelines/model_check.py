@@ -13,7 +13,8 @@ from ldm.config import TrainingConfig, TrainSettings
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.training import checks
-from ldm.training.engine import World, check_kept, deepspeed_config
+from ldm.training.engine import deepspeed_config
+from ldm.training.engine_config import World, check_kept
 from pipelines.config import Config
 from pipelines.settings import TrainResources
 

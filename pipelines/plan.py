@@ -63,7 +63,7 @@ class TrainingPlan:
         import torch
 
         from ldm.training.budget import memory
-        from ldm.training.engine import World
+        from ldm.training.engine_config import World
         from pipelines.model_check import check_layout
 
         train = self.config.cluster.train
@@ -231,7 +231,7 @@ def autoencoder_bytes(config: Config) -> float:
 
 def micro_batches(share: int, configured: int) -> list[int]:
     """The smallest that a process's share of a batch comes out even in, and the configured one."""
-    from ldm.training.engine import divisors
+    from ldm.training.engine_config import divisors
 
     return sorted({*divisors(share)[:MOST_COLUMNS], configured})
 

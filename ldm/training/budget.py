@@ -15,7 +15,8 @@ import torch
 from ldm.config import TrainingConfig, TrainingRunConfig, TrainSettings
 from ldm.models.denoiser import make_denoiser
 from ldm.training.costs import ModelCosts, model_costs
-from ldm.training.engine import WEIGHTS, World, deepspeed_config
+from ldm.training.engine import deepspeed_config
+from ldm.training.engine_config import WEIGHTS, World, offloaded_to
 
 # What a process has besides its tensors: on a GPU CUDA, its libraries, their workspaces and what is lost between
 # blocks; on a processor torch and DeepSpeed.
@@ -92,8 +93,8 @@ def memory(
     stage, device = how.zero_stage, world.device.type
     n, share = costs.trained, 1 / world.world_size
     width = 2 if training.precision in WEIGHTS else 4
-    optimizer_is_here = stage == 0 or not offloaded(how, "offload_optimizer", device)
-    weights_are_here = stage < 3 or not offloaded(how, "offload_param", device)
+    optimizer_is_here = stage == 0 or offloaded_to(how, "offload_optimizer") in ("none", device)
+    weights_are_here = stage < 3 or offloaded_to(how, "offload_param") in ("none", device)
     activations = costs.checkpointed_bytes if how.activation_checkpointing else costs.activation_bytes
     grid = width * (n + costs.frozen) if training.grid.prompts and training.grid.every_steps else 0.0
     return Memory(
@@ -177,12 +178,6 @@ def _update(config: dict[str, Any], n: int, share: float, device: str) -> float:
     # Gradients that wait for their exchange, and the same in a row.
     exchange = 0.0 if contiguous else _width(config) * bucket * (2.0 if _sums_apart(config) else 2 - share)
     return max(exchange, 0.0 if _sums_apart(config) else 4 * n * share)
-
-
-def offloaded(how: TrainingRunConfig, part: str, device: str) -> bool:
-    """Whether DeepSpeed's keys put "offload_optimizer" or "offload_param" elsewhere than on the device."""
-    zero: Any = how.deepspeed.get("zero_optimization") or {}
-    return (zero.get(part) or {}).get("device", "none") not in ("none", device)
 
 
 def gpu_seconds(costs: ModelCosts, training: TrainingConfig, how: TrainingRunConfig, flops: float) -> float:

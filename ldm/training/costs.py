@@ -22,7 +22,7 @@ from ldm.models.attention import AttentionBlock, SpatialTransformer
 from ldm.models.autoencoder import make_autoencoder
 from ldm.models.blocks import ResBlock
 from ldm.models.denoiser import Denoiser
-from ldm.training.engine import WEIGHTS
+from ldm.training.engine_config import WEIGHTS
 
 BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock)  # what activation checkpointing computes again
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.denoiser import Denoiser
-from ldm.training.engine import WEIGHTS
+from ldm.training.engine_config import WEIGHTS
 
 READS = ("tokens", "layout", "sizes")  # of a condition, in the words of ldm/models/denoiser.py
 ARITHMETIC = {**WEIGHTS, "bf16_autocast": torch.bfloat16}  # precision of the training -> what is computed with

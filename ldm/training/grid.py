@@ -14,7 +14,7 @@ from ldm.generate import Painter, draw_latents
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import Tokenizer
 from ldm.sheet import Tile, draw_sheet
-from ldm.training.engine import WEIGHTS
+from ldm.training.engine_config import WEIGHTS
 from ldm.training.frozen import Frozen, arithmetic
 from ldm.training.loader import TrainData
 

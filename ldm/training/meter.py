@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm.training.engine import World
+from ldm.training.engine_config import World
 
 # Places in the sums that the processes add up after each step: who wants to stop, whether the first process wants a
 # checkpoint, who has written its part of one, losses that are no numbers, count and sum of the losses in each quarter

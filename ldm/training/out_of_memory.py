@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ldm.config import TrainingConfig, TrainingRunConfig
-from ldm.training.engine import divisors
+from ldm.training.engine_config import divisors
 
 
 class TooLittleMemory(RuntimeError):

@@ -10,7 +10,7 @@ from ldm.config import DiffusionConfig, TrainingRunConfig, TrainSettings
 from ldm.diffusion import objective
 from ldm.diffusion.schedule import Schedule
 from ldm.models.tokenizer import Tokenizer
-from ldm.training.engine import World
+from ldm.training.engine_config import World
 from ldm.training.frozen import Frozen
 from ldm.training.loader import Batch, Draw, Loader, TrainData
 

@@ -30,7 +30,8 @@ from ldm.training.bad_batches import TooManyBadBatches, non_finite, refusable, r
 from ldm.training.budget import costs_of
 from ldm.training.checks import check, check_best, schedule_of
 from ldm.training.ema import Ema
-from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, check_kept, join
+from ldm.training.engine import Engine, GradientOverflow, NonFiniteGradient, join
+from ldm.training.engine_config import check_kept
 from ldm.training.frozen import Frozen
 from ldm.training.going_on import (
     accepted_changes,

@@ -19,7 +19,8 @@ from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.training.budget import BUCKET, RESERVE_BYTES, Memory, gpu_seconds, memory
 from ldm.training.costs import ModelCosts, model_costs
 from ldm.training.ema import Ema
-from ldm.training.engine import Engine, World, join
+from ldm.training.engine import Engine, join
+from ldm.training.engine_config import World
 from tests.ldm.models import settings
 from tests.ldm.training import processes
 from tests.ldm.training.resident import forget_peak, measure_tensors, resident_bytes

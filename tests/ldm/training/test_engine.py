@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm.training import checkpoint, saving
-from ldm.training.engine import WEIGHTS, Engine, NonFiniteGradient, World, accumulation, deepspeed_config, join
+from ldm.training.engine import Engine, NonFiniteGradient, deepspeed_config, join
+from ldm.training.engine_config import WEIGHTS, World, accumulation
 from tests.ldm.training import processes
 from tests.ldm.training.tiny import RUN, SEED, TRAINING
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ldm.config import TrainingRunConfig
 from ldm.training import checkpoint, saving
 from ldm.training.ema import Ema
-from ldm.training.engine import Engine, NonFiniteGradient, check_kept, join
+from ldm.training.engine import Engine, NonFiniteGradient, deepspeed_config, join
+from ldm.training.engine_config import World, check_kept
 from ldm.training.swap_folder import PREFIX, SwapFolder
 from tests.ldm.training import processes
 from tests.ldm.training.test_train import weights_of, work
@@ -308,7 +309,9 @@ def test_what_cannot_lie_in_files_is_refused_before_anything_starts(monkeypatch:
 
     nvme = {"device": "nvme", "nvme_path": "states"}
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
-    check_kept(how(3, offload_optimizer=nvme))
+    good, alone = replace(how(3, offload_optimizer=nvme), micro_batch_size=8), World(0, 1, torch.device("cpu"))
+    check_kept(good)
+    deepspeed_config(TRAINING, good, alone)
     for wrong, reason in (
         (how(2, offload_optimizer=nvme), "offload_optimizer.device is nvme, which needs .*zero_stage=3, not 2"),
         (how(3, offload_optimizer={"device": "nvme"}), "set .*offload_optimizer.nvme_path to a folder on a local disk"),
@@ -318,4 +321,4 @@ def test_what_cannot_lie_in_files_is_refused_before_anything_starts(monkeypatch:
             check_kept(wrong)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(ValueError, match="libaio, which is not installed: apt-get install libaio-dev"):
-        check_kept(how(3, offload_optimizer=nvme))
+        deepspeed_config(TRAINING, good, alone)

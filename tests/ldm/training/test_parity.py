@@ -15,7 +15,7 @@ from ldm.config import TrainSettings
 from ldm.models.denoiser import Denoiser, make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.training.checks import schedule_of
-from ldm.training.engine import World
+from ldm.training.engine_config import World
 from ldm.training.loader import Batch, TrainData
 from ldm.training.step import make_loader
 from tests.benchmarks.unet_step import make_theirs
