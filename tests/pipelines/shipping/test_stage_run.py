@@ -22,7 +22,8 @@ def test_checkpoints_are_logged_models_once_and_those_removed_are_marked(tmp_pat
     with Tracker.open(settings(database), output) as tracker, tracker.stage("train") as run:
         run.metrics({"loss": 1.0}, 20)
         for step in (10, 20):
-            run.model(f"demo-step-{step}", output / f"train/step-{step}", f"{step:064}", step)
+            loss = {"validation_loss": 0.5} if step == 20 else None
+            run.model(f"demo-step-{step}", output / f"train/step-{step}", f"{step:064}", step, loss)
         run.model_removed("demo-step-10", 10)
     for sent in output.glob("journal/*/*.sent.json"):
         sent.unlink()
@@ -34,6 +35,9 @@ def test_checkpoints_are_logged_models_once_and_those_removed_are_marked(tmp_pat
     last = kept["demo-step-20"]
     assert last.params == {"step": "20", "path": str(output / "train/step-20"), "sha256": f"{20:064}"}
     assert last.status == "READY" and "removed" not in last.tags and kept["demo-step-10"].tags["removed"] == "true"
+    last = client(database).get_logged_model(last.model_id)
+    assert [(metric.key, metric.value, metric.step) for metric in last.metrics or []] == [
+        ("checkpoint/validation_loss", 0.5, 20)]  # fmt: skip
     assert sorted(out.step for out in train.outputs.model_outputs) == [10, 20]
 
 
@@ -125,13 +129,16 @@ def test_journals_are_sent_anew_to_a_database_that_forgot_them(tmp_path: Path, d
     assert points(database, after["train"], "loss") == [(1, 1.0)]
 
 
-def sent_while_it_is_deleted(database: str, output: Path, what: list[str]) -> dict[str, Any]:
-    """The runs, of which some are deleted in the page while the driver sends."""
+def sent_while_it_is_deleted(
+    database: str, output: Path, what: list[str], silent: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The runs, of which some are deleted in the page while the driver sends; some stages say no more after that."""
     journals = {stage: Journal(journal_path(output, stage)) for stage in ("run", "train")}
     with server.sending(database, "test", output, alive=True) as receiver:
         for step in (1, 2, 3):
-            for journal in journals.values():
-                journal.metrics({"loss": float(step)}, step)
+            for stage in journals:
+                if step == 1 or stage not in silent:
+                    journals[stage].metrics({"loss": float(step)}, step)
             while receiver.ship():
                 pass
             if step == 1:
@@ -156,6 +163,14 @@ def test_a_run_deleted_while_the_driver_sends_is_made_again_with_all_points(
     if "train" in what:
         assert after["train"].data.tags["mlflow.parentRunId"] == after["run"].info.run_id
     assert len(all_runs_of(database, output)) == 2
+
+
+def test_a_run_made_again_stands_below_a_parent_that_is_there(tmp_path: Path, database: str) -> None:
+    """Deleted together, of which the parent, whose journal is silent while training goes on, does not know yet."""
+    before = sent_while_it_is_deleted(database, tmp_path / "demo", ["run", "train"], silent=("run",))
+    after = runs_of(database, tmp_path / "demo")
+    assert after["train"].data.tags["mlflow.parentRunId"] == after["run"].info.run_id != before["run"].info.run_id
+    assert after["run"].info.lifecycle_stage == "active" and points(database, after["run"], "loss") == [(1, 1.0)]
 
 
 def test_points_for_a_deleted_run_that_count_as_refused_would_be_lost(
