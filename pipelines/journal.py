@@ -90,9 +90,11 @@ class Journal:
         """A data set that the run reads, by the digest of its manifest."""
         self._append("dataset", name=name, digest=digest, path=self._place(path), context=context)
 
-    def model(self, name: str, path: str | Path, sha256: str, step: int) -> None:
-        """Weights that lie on disk and stay there: a checkpoint, by the hash of its manifest."""
-        self._append("model", name=name, path=self._place(path), sha256=sha256, step=step)
+    def model(
+        self, name: str, path: str | Path, sha256: str, step: int, values: Mapping[str, float] | None = None
+    ) -> None:
+        """Weights that lie on disk and stay there: a checkpoint, by the hash of its manifest, and what it measured."""
+        self._append("model", name=name, path=self._place(path), sha256=sha256, step=step, values=dict(values or {}))
 
     def model_removed(self, name: str, step: int) -> None:
         """Weights that were told of are no longer kept."""

@@ -157,7 +157,7 @@ class StageRun:
         self.client.log_inputs(self.id, datasets=[DatasetInput(data, [tag])])
 
     def _model(self, entry: dict[str, Any]) -> None:
-        """A logged model that names its place and its hash; no weights are copied."""
+        """A logged model that names its place and its hash; no weights are copied, but what was measured of it."""
         from mlflow.entities import LoggedModelOutput
 
         if self._models(f"tags.sha256 = '{entry['sha256']}'"):
@@ -166,6 +166,9 @@ class StageRun:
         params = {"step": str(entry["step"]), "path": where, "sha256": entry["sha256"]}
         tags = {"sha256": entry["sha256"], "mlflow.model.isExternal": "true"}
         model = self.client.create_logged_model(self._experiment(), name, self.id, tags, params, "checkpoint")
+        for key, value in entry.get("values", {}).items():  # absent in lines of earlier versions
+            key, model_id = f"checkpoint/{safe_name(key)}", model.model_id
+            self.client.log_metric(self.id, key, value, entry["time"], entry["step"], model_id=model_id)
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, entry["step"])])
 

@@ -19,7 +19,7 @@ from pipelines import cluster, launching, rewind, stopping
 from pipelines.dag import ROOT, Job
 from pipelines.devices import device_of
 from pipelines.journal import Journal, journal_path, read_entries
-from pipelines.manifest import Record, StageFolder, edition_digest, sha256_file, write_whole
+from pipelines.manifest import Record, StageFolder, edition_digest, read_json, sha256_file, write_whole
 from pipelines.selecting.decided import Prepared, decide
 from pipelines.selection import read_selection
 from pipelines.training_set import (
@@ -182,12 +182,14 @@ def decoder(job: Job) -> Any:
 
 
 def teller_of_checkpoints(journal: Journal, home: Path) -> Callable[[], None]:
-    """Tells of checkpoints that were not told of, by their manifest's hash, which COMMITTED holds, and of those that
-    are gone.
+    """Tells of checkpoints that were not told of, by their manifest's hash, which COMMITTED holds, with their
+    validation loss, and of those that are gone.
 
     What was told is read from the journal itself: whoever is killed between a checkpoint and its line, or between a
     removal and its line, is made good by the next start.
     """
+    from ldm.training.keeping import measured
+
     run = home.parent.name
     known = lru_cache(lambda: told_checkpoints(journal.path))  # read by the process that tells: the others never do
 
@@ -196,7 +198,9 @@ def teller_of_checkpoints(journal: Journal, home: Path) -> Callable[[], None]:
         here = {path.parent: path.read_text() for path in sorted(home.glob("step-*[0-9]/COMMITTED"))}
         for path, sha256 in here.items():
             if told.get(path.name) != sha256:
-                journal.model(f"{run}-{path.name}", path, sha256, _step(path.name))
+                loss = measured(read_json(path / "manifest.json"))
+                values = {} if loss is None else {"validation_loss": loss[1]}
+                journal.model(f"{run}-{path.name}", path, sha256, _step(path.name), values)
                 told[path.name] = sha256
         for name in sorted(told.keys() - {path.name for path in here}):
             journal.model_removed(f"{run}-{name}", _step(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import pytest
 import torch
 
 from ldm.config import TrainingConfig
-from ldm.training import copies, fetching
+from ldm.training import copies, fetching, may_change
 from ldm.training.checkpoint import Stretch, newest, step_name
 from ldm.training.saving import save
-from pipelines.config import compose
-from pipelines.dag import Dag
-from pipelines.journal import Journal, journal_path, read_images, read_metrics
+from pipelines.config import ConfigError, compose
+from pipelines.dag import STAGES, Dag
+from pipelines.journal import Journal, journal_path, read_entries, read_images, read_metrics
 from pipelines.manifest import StaleError
 from pipelines.rewind import go_back, is_due
+from pipelines.run import _check_begin, _statuses
 from pipelines.run import begin as begin_stage
+from pipelines.stages.train import teller_of_checkpoints
 from tests.pipelines.small_cache import config_of, make_cache
 
 TRAINING = compose([]).training
@@ -110,6 +113,58 @@ def test_curves_follow_the_new_way(tmp_path: Path) -> None:
     assert read_images(tmp_path, "train") == {}
 
 
+# ---- what is told of checkpoints ----------------------------------------------------------------------------
+def told(run: Path) -> list[tuple[str, int]]:
+    """What the journal says of checkpoints, in order."""
+    entries = read_entries(journal_path(run, "train", "rank0"))[0]
+    return [(entry["kind"], entry["step"]) for entry in entries if entry["kind"].startswith("model")]
+
+
+def test_checkpoints_are_told_of_before_others_go_and_by_the_next_start_where_that_was_too_late(tmp_path: Path) -> None:
+    train, said = tmp_path / "train", journal(tmp_path)
+    tell = teller_of_checkpoints(said, train)
+    put(train, 10, 20)
+    tell()
+    tell()
+    assert told(tmp_path) == [("model", 10), ("model", 20)]
+    # Killed after a save and a removal, before anything was said of them.
+    put(train, 30)
+    shutil.rmtree(train / step_name(10))
+    said.close()
+    again = journal(tmp_path)
+    teller_of_checkpoints(again, train)()
+    assert told(tmp_path)[2:] == [("model", 30), ("model_removed", 10)]
+    # One that is damaged is set aside, and is no model any more; the same step saved anew is another one.
+    (train / step_name(30) / "config.json").write_text("{}")
+    last = newest(train, finish=True)
+    assert last is not None and last.step == 20 and (train / "aside/001" / step_name(30)).exists()
+    tell = teller_of_checkpoints(again, train)
+    tell()
+    put(train, 30)
+    tell()
+    assert told(tmp_path)[4:] == [("model_removed", 30), ("model", 30)]
+    # Those of a way that is left are gone from the run that is left with it, and the next one knows what stands.
+    go_back(train, asked("step-20"), again)
+    assert told(tmp_path)[6:] == [("model_removed", 30)]
+    after = journal(tmp_path)
+    teller_of_checkpoints(after, train)()
+    assert len(told(tmp_path)) == 7
+    sayings = [entry["values"] for entry in read_entries(after.path)[0] if entry["kind"] == "tags"]
+    assert "step-00000030" in sayings[-1]["set_aside/002"]
+    after.close()
+
+
+def test_a_checkpoint_is_told_of_with_its_loss(tmp_path: Path) -> None:
+    x = torch.zeros(3)
+    for step, loss in ((10, 0.5), (20, float("nan")), (30, None)):
+        save(tmp_path / "train", step, stretches=[Stretch("x", 0, {"weight": x})], ema={}, config={},
+             facts={"validation_loss": loss})  # fmt: skip
+    said = journal(tmp_path)
+    teller_of_checkpoints(said, tmp_path / "train")()
+    said.close()
+    assert [entry["values"] for entry in read_entries(said.path)[0]] == [{"validation_loss": 0.5}, {}, {}]
+
+
 # ---- what decides the stage --------------------------------------------------------------------------------
 def dag_of(outputs: Path, *overrides: str) -> Dag:
     return Dag(config_of(outputs, *overrides))
@@ -127,6 +182,63 @@ def test_requests_are_not_part_of_the_fingerprint(tmp_path: Path) -> None:
     base = dag_of(tmp_path).fingerprints
     for request in ("training.resume=step-10", "training.skip_samples=[16,32]", "training.accept=[training.beta1]"):
         assert dag_of(tmp_path, request).fingerprints == base
+
+
+def test_what_decides_no_weight_is_not_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """Nor does a plan that counts it, as those of earlier versions do, refuse another value."""
+    base = dag_of(tmp_path).fingerprints
+    shown = ("training.log_every_steps=7", "training.grid.steps=3", "training.validate_every_steps=11",
+             "training.validation_samples=64", "training.max_skipped_batches=5")  # fmt: skip
+    assert {one.partition("=")[0].removesuffix(".steps") for one in shown} == {*may_change.SHOWN}
+    assert dag_of(tmp_path, *shown).fingerprints == base
+    assert dag_of(tmp_path, "training.seed=5").fingerprints["train"] != base["train"]
+    old = replace(STAGES["train"], how=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STAGES, "train", old)
+        counted = begin(tmp_path).fingerprints["train"]
+        with pytest.raises(StaleError, match="training.log_every_steps"):  # the twin
+            dag_of(tmp_path, *shown).refresh("train")
+    assert counted != base["train"]
+    assert dag_of(tmp_path, *shown).refresh("train").job.fingerprint == counted
+    with pytest.raises(StaleError, match="training.seed"):
+        dag_of(tmp_path, "training.seed=5").refresh("train")
+
+
+def test_overwrite_leaves_no_copy_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The disk of a training that was made anew is lost: it does not come back as the one before it."""
+    there, train = tmp_path / "there/small/train", tmp_path / "small/train"
+    asked_for = (f"cluster.train.run.copy_to={tmp_path / 'there'}", "training.seed=5", "+stage=train")
+    for overwrites in (False, True):
+        begin(tmp_path)
+        put(train, 10, 20)
+        shutil.copytree(train, there, ignore=shutil.ignore_patterns("plan.json"))
+        if overwrites:
+            with ExitStack() as stack:
+                _statuses(dag_of(tmp_path, *asked_for, "overwrite=true"), ["train"], stack)
+            said = capsys.readouterr().out
+            assert f"the copies {step_name(10)}, {step_name(20)} in {there} are set aside" in said
+        assert any(train.glob("step-*")) != overwrites
+        shutil.rmtree(tmp_path / "small")
+        last = fetching.newest(train, there)
+        print(f"after the loss of the disk, copies set aside {overwrites}: {last and last.path.name}")
+        assert (last is None) == overwrites
+        shutil.rmtree(tmp_path / "small", ignore_errors=True)
+        if not overwrites:  # the twin
+            shutil.rmtree(there)
+    assert (there / step_name(20) / "SET_ASIDE").exists() and (there / step_name(20) / "ema.safetensors").exists()
+
+
+def test_a_training_that_could_not_be_kept_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    for override, words in (
+        ("cluster.train.run.copy_to=/proc/copies", "copy_to=/proc/copies: checkpoints cannot be copied there"),
+        ("cluster.train.run.keep_best=true", "nothing says which is the best"),
+        ("training.start_from=no/such/file", "training.start_from: no file at .*no/such/file"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            _check_begin(dag_of(tmp_path, override))
+    _check_begin(dag_of(tmp_path))
+    put(tmp_path / "small/train", 10)
+    _check_begin(dag_of(tmp_path, "training.start_from=no/such/file"))  # it began from there, and goes on
 
 
 def test_other_settings_are_refused_unless_they_are_accepted(tmp_path: Path) -> None:
