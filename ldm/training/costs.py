@@ -37,6 +37,7 @@ class ModelCosts:
 
     trained: int  # parameters that the optimizer moves
     averaged: int  # of those, how many have an average
+    largest: int  # parameters of the largest that is trained
     frozen: int  # parameters that a training beside them keeps; none where their results are cached
     forward_flop: float  # of all, frozen parts included; a multiplication and an addition are two
     frozen_flop: float  # of the frozen parts, which have no backward pass
@@ -92,6 +93,7 @@ def model_costs(
     return ModelCosts(
         trained=sum(trained.values()),
         averaged=sum(n for name, n in trained.items() if ema_of == "all" or name.startswith("unet.")),
+        largest=max(trained.values(), default=0),
         frozen=sum(p.numel() for _, p in parameters if not p.requires_grad),
         forward_flop=float(flop.get_total_flops() + frozen_flop.get_total_flops()),
         frozen_flop=float(frozen_flop.get_total_flops()),

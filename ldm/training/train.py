@@ -10,7 +10,6 @@ in the same bits as if nothing had happened.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
@@ -26,6 +25,7 @@ from ldm.models.blocks import ResBlock, checkpoint_activations
 from ldm.models.denoiser import make_denoiser
 from ldm.models.tokenizer import make_tokenizer
 from ldm.training import checkpoint, copies, fetching, keeping, lr
+from ldm.training.arithmetic import choose_arithmetic
 from ldm.training.bad_batches import TooManyBadBatches, non_finite, refusable, refusal
 from ldm.training.budget import costs_of
 from ldm.training.checks import check, check_best, schedule_of
@@ -81,8 +81,7 @@ def train(
     """
     training, diffusion = settings.training, settings.diffusion
     torch.set_num_threads(run.threads)
-    if training.deterministic and torch.cuda.is_available():  # on the processor equal runs are equal anyway
-        make_deterministic()
+    choose_arithmetic(training)
     check(settings)
     check_kept(run)
     check_best(training, run)
@@ -279,13 +278,6 @@ def train(
         if not hurried:
             copier.patience = copies.END_SECONDS
     return saved
-
-
-def make_deterministic() -> None:
-    """Equal runs give equal bits on CUDA too."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def due(step: int, every: int | None, last: int, done: bool) -> bool:

@@ -25,8 +25,9 @@ def run(
     world_size: int = 1,
     env: dict[str, str] | None = None,
     seconds: float = 240,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """function(*args) in each process of a gloo group; returns the results in order of rank.
+    """function(*args) in each process of a group; returns the results in order of rank.
 
     A result is an exception where the function raised one, and the exit code where the process died.
     """
@@ -35,7 +36,7 @@ def run(
         for rank in range(world_size):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_child, args=(theirs, function, args, rank, world_size, f"{folder}/store", env or {})
+                target=_child, args=(theirs, function, args, rank, world_size, f"{folder}/store", env or {}, backend)
             )
             process.start()
             theirs.close()
@@ -66,13 +67,14 @@ def _child(
     world_size: int,
     store: str,
     env: dict[str, str],
+    backend: str,
 ) -> None:
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
         # Plain bytes: torch would send its tensors as handles that die with this process.
         pipe.send_bytes(pickle.dumps(function(*args)))
