@@ -412,17 +412,11 @@ def train_once(worker: TrainingWorker, arguments: dict[str, Any], job: Job) -> N
     from ray.train import FailureConfig, PreemptionError, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ldm.training.watchdog import collective_seconds
-
     resources, scratch, name = job.how.cluster.train, job.output.path / ".ray", uuid.uuid4().hex[:12]
-    patience = collective_seconds(resources.run.hang_seconds)
     trainer = TorchTrainer(
         _in_group,
         train_loop_config={"worker": worker, "arguments": arguments},
-        torch_config=TorchConfig(
-            backend="nccl" if resources.num_gpus else "gloo",
-            **({} if patience is None else {"timeout_s": math.ceil(patience)}),
-        ),
+        torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.num_gpus > 0,
