@@ -113,7 +113,7 @@ def test_a_server_that_is_away_in_every_way_gets_every_point_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callers: set[str]
 ) -> None:
     """M1: nobody listens, nobody answers, it answers 500, it serves, it is killed, it is back; all steps go on."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     monkeypatch.setattr(shipper, "MAX_PAUSE_SECONDS", 0.5)
     output, real, told = tmp_path / "demo", MlflowServer(tmp_path), iter(range(0, 100_000, 300))
     picture = tmp_path / "grid.png"
@@ -139,12 +139,14 @@ def test_a_server_that_is_away_in_every_way_gets_every_point_once(
                 wait_for(lambda asked=asked: len(asked) > 0)
         real.start()
         train("starts")
+        real.wait()
         wait_for(lambda: unsent_bytes(output) == 0, 300)
         real.kill()
         train("was killed")
         assert unsent_bytes(output) > 0
         real.start()
         train("is back")
+        real.wait()
         wait_for(lambda: unsent_bytes(output) == 0, 300)
         assert tracker.close() == 0
         check_callers(set(callers))
