@@ -101,7 +101,7 @@ def memory(
         weights=weights_are_here * width * n * (share if stage == 3 else 1) + 4 * costs.frozen,
         gradients=_gradients(config, n, share) if stage < 3 or optimizer_is_here or device == "cpu" else 0.0,
         optimizer=optimizer_is_here * (8 * n if stage == 0 else _states_width(config) * n * share)
-        + (_on_the_way(config, costs.largest) if device == "cpu" else 0.0),
+        + (_on_the_way(config, n, costs.largest) if device == "cpu" else 0.0),
         average=optimizer_is_here * 4 * costs.averaged * share,
         activations=activations * how.micro_batch_size + costs.cast_bytes,
         buckets=_buckets(config, n, device),
@@ -157,10 +157,12 @@ def _gathered(config: dict[str, Any], n: int) -> float:
     return float(_width(config) * (min(n, live) + min(n, arriving)))
 
 
-def _on_the_way(config: dict[str, Any], largest: int) -> float:
-    """Memory through which an optimizer in files comes and goes: room for each of the largest weight's states."""
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    return 4.0 * largest * (1 + offload.get("buffer_count", 4)) if offload.get("device") == "nvme" else 0.0
+def _on_the_way(config: dict[str, Any], n: int, largest: int) -> float:
+    """Memory through which an optimizer in files comes and goes: a group's weights, states and gradients each have a
+    buffer, and a group grows until it has reached its size."""
+    zero = config["zero_optimization"]
+    offload, group = zero.get("offload_optimizer") or {}, min(n, zero.get("sub_group_size", SUB_GROUP) + largest)
+    return 4.0 * group * (1 + offload.get("buffer_count", 4)) if offload.get("device") == "nvme" else 0.0
 
 
 def _states_width(config: dict[str, Any]) -> int:
