@@ -192,11 +192,12 @@ def test_a_gradient_that_is_no_number_reaches_neither_files_nor_averages(tmp_pat
 # ---- the loop ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.usefixtures("libaio")
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(tmp_path: Path, world_size: int) -> None:
     (tmp_path / "latents").mkdir()
     data, what = write_data(tmp_path / "latents", [9, 14, 6]), settings()
-    what = replace(what, unet=replace(what.unet, model_channels=128))
+    what = replace(what, unet=replace(what.unet, model_channels=96))
     run = replace(RUN, zero_stage=3, checkpoint_every_steps=100, deepspeed=offloaded("nvme", tmp_path / "nvme"))
     for home, stop_at in (("whole", None), ("parts", 20), ("parts", None)):
         results = processes.run(work, what, data, tmp_path / home, run, stop_at, world_size=world_size)
