@@ -82,7 +82,7 @@ def memory(
     costs: ModelCosts, training: TrainingConfig, how: TrainingRunConfig, world: World, autoencoder: float = 0.0
 ) -> Memory:
     """What one of `world.world_size` devices like `world.device` holds while it trains; `autoencoder`: bytes of its
-    weights, which the first process loads to draw samples.
+    weights, which the first process loads to draw samples, and keeps.
 
     float32 at stage 0 updates the weights themselves; from stage 1 on each process has its share of float32 weights
     beside those that the model computes with. bf16_autocast keeps weights in float32; bf16 sums its gradients in
@@ -96,9 +96,9 @@ def memory(
     optimizer_is_here = stage == 0 or offloaded_to(how, "offload_optimizer") in ("none", device)
     weights_are_here = stage < 3 or offloaded_to(how, "offload_param") in ("none", device)
     activations = costs.checkpointed_bytes if how.activation_checkpointing else costs.activation_bytes
-    grid = width * (n + costs.frozen) if training.grid.prompts and training.grid.every_steps else 0.0
+    draws = bool(training.grid.prompts and training.grid.every_steps)
     return Memory(
-        weights=weights_are_here * width * n * (share if stage == 3 else 1) + 4 * costs.frozen,
+        weights=weights_are_here * width * n * (share if stage == 3 else 1) + 4 * costs.frozen + draws * autoencoder,
         gradients=_gradients(config, n, share) if stage < 3 or optimizer_is_here or device == "cpu" else 0.0,
         optimizer=optimizer_is_here * (8 * n if stage == 0 else _states_width(config) * n * share)
         + (_on_the_way(config, n, costs.largest) if device == "cpu" else 0.0),
@@ -107,7 +107,7 @@ def memory(
         buckets=_buckets(config, n, device),
         gathered=_gathered(config, n) if stage == 3 else 0.0,
         update=_update(config, n, share, device) if optimizer_is_here else 0.0,
-        grid=grid + autoencoder if grid else 0.0,
+        grid=float(draws * width * (n + costs.frozen)),
         start=max(4, 2 * width if stage in (1, 2) else 0) * n + 4 * costs.frozen,
         reserve=RESERVE_BYTES[device],
     )
