@@ -125,7 +125,6 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ("bf16", 2, {}),
     ("bf16", 1, {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}),
     ("bf16_autocast", 2, {}),
-    ("fp16", 1, {}),
 ])  # fmt: skip
 def test_it_is_the_same_to_the_bit_as_on_the_processor_and_goes_on_to_the_bit(
     tmp_path: Path, precision: str, world_size: int, more: dict[str, Any]
