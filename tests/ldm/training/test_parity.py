@@ -106,9 +106,9 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Curve:
     return make_curve(tmp_path_factory.mktemp("parity"))
 
 
-def check(curve: Curve, output: Path, **run: object) -> None:
+def check(curve: Curve, output: Path, seconds: float = 240, **run: object) -> None:
     what, data, expected = curve
-    results = processes.run(work, what, data, output, replace(RUN, **run), world_size=2)
+    results = processes.run(work, what, data, output, replace(RUN, **run), world_size=2, seconds=seconds)
     assert not isinstance(results[0], Exception), results[0]
     found = [values for _, values in results[0]["logged"]]
     for ours, theirs in zip(found, expected, strict=True):
@@ -143,6 +143,13 @@ def test_every_stage_with_and_without_accumulation_and_activation_checkpointing(
     checkpointing: bool,
 ) -> None:
     check(curve, tmp_path, zero_stage=stage, micro_batch_size=micro_batch_size, activation_checkpointing=checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_compiled_model_with_activation_checkpointing_follows_it_too(curve: Curve, tmp_path: Path) -> None:
+    """Compiling takes minutes on a processor, and many on a busy one."""
+    check(curve, tmp_path, 1500, zero_stage=2, micro_batch_size=4, compile=True, activation_checkpointing=True)
 
 
 def test_weights_of_another_model_are_refused(curve: Curve, tmp_path: Path) -> None:
