@@ -41,7 +41,6 @@ SYSTEM_RETRIES = 3  # of a shard, after a crash of its worker or node, not after
 RESTARTS = 20  # of one worker that holds a model: it may be killed while it loads, where no shard is tried
 STOP_SECONDS = 5  # that shards under way are given to end once one said that all would fail
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PREEMPTION_SECONDS = 5.0  # between two looks whether a node is taken away
 NAMESPACE = "latent diffusion"  # of what all runs on a cluster share
 IDLE_SECONDS = 60.0  # after which what nobody asks any more ends
 
@@ -405,9 +404,9 @@ TrainingWorker = Callable[[dict[str, Any], Callable[[], bool]], None]
 def train_once(worker: TrainingWorker, arguments: dict[str, Any], job: Job) -> None:
     """Runs `worker(arguments, should_leave)` in processes that share a torch.distributed group, one for each GPU.
 
-    Raises GroupFailed as soon as one of them fails. `should_leave()` is true once SIGTERM came to this process, or a
-    node of the group is taken away; a worker that returns after that has Left. Ray Train keeps notes of its own in a
-    folder of the stage while the group runs.
+    Raises GroupFailed as soon as one of them fails. `should_leave()` is true once SIGTERM came to this process; a
+    worker that returns after that has Left. Ray Train keeps notes of its own in a folder of the stage while the group
+    runs.
     """
     from ray.train import FailureConfig, PreemptionError, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -466,24 +465,8 @@ def _in_group(handed: dict[str, Any]) -> None:
     """Runs in every training process."""
     import torch.distributed as dist
 
-    taken_away = threading.Event()
-    threading.Thread(target=_hear_of_preemption, args=(taken_away,), daemon=True).start()
     with stopping.sigterm_noted() as noted:
-        handed["worker"](handed["arguments"], lambda: noted() or taken_away.is_set())
+        handed["worker"](handed["arguments"], noted)
         dist.barrier()  # an error ends the others at once: first each of them has come to its end
         if noted():
             raise Left("SIGTERM asked this process to leave")
-    if taken_away.is_set():
-        raise Left("a node of the group is taken away")
-
-
-def _hear_of_preemption(taken_away: threading.Event) -> None:
-    """Asks Ray Train whether a node of the group is taken away. It answers once all processes have asked, which no
-    training step should wait for."""
-    from ray.exceptions import RayError
-    from ray.train import get_preemption_info
-
-    with suppress(RayError):  # the group has ended
-        while get_preemption_info() is None:
-            time.sleep(PREEMPTION_SECONDS)
-        taken_away.set()

@@ -27,8 +27,8 @@ def launch(worker: cluster.TrainingWorker, arguments: dict[str, Any], job: Job, 
     """Runs `worker(arguments, should_leave)` in all processes until they are done, or until a file `stop` lies there.
 
     A killed process, a lost node or a broken connection starts the group again, up to `max_failures` times: the worker
-    finds the newest committed checkpoint itself. A process that was asked to leave, by SIGTERM or because its node is
-    taken away, has saved with the others before it left; that is no failure, and is not counted.
+    finds the newest committed checkpoint itself. A process that was asked to leave, by SIGTERM, has saved with the
+    others before it left: that is no failure and is not counted, nor is the loss of a node that was preempted.
     """
     most, failures = job.how.cluster.train.max_failures, 0
     with _telling(job) as (tell, stacks):

@@ -4,8 +4,8 @@ A run may be killed at any moment and goes on from what is committed. A signal i
 would lose the steps since its last checkpoint, is asked to save first and loses none; every other stage ends at once.
 The second signal ends everything at once.
 
-A signal to one training process alone, and Ray's notice that its node is taken away (`ray drain-node`, as autoscalers
-send it), mean that process or node, not the run: all save and leave, and pipelines/launching.py starts them again.
+A signal to one training process alone means that process, not the run: all save and leave, and pipelines/launching.py
+starts them again.
 
 `ray job stop` kills what is left after RAY_JOB_STOP_WAIT_TIME_S, 3 seconds unless the head node is started with more:
 set 300 there, or for one job by --runtime-env-json='{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}'. It signals

@@ -311,10 +311,10 @@ def test_what_nobody_asks_ends_when_nothing_is_lost_by_it_and_the_next_question_
     monkeypatch.setattr(cluster, "IDLE_SECONDS", 0.2)
     ask, other = cluster._asking(Tally), cluster._asking(Tally)
     begun = time.monotonic()
-    assert ask(2.0) == 1 and other(2.0) == 2
+    assert ask(8.0) == 1 and other(8.0) == 2  # the second comes within that time on a busy machine too
     while True:  # longer than nobody asks, but what it knows still matters
         there = "Tally" in names()
-        if time.monotonic() > begun + 1.8:
+        if time.monotonic() > begun + 7:
             break
         assert there
         time.sleep(0.1)
