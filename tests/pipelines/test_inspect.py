@@ -14,7 +14,7 @@ from ldm.interop.checkpoint_file import SAFETENSORS, TensorInfo, WeightFile, ope
 from ldm.interop.contents import contents
 from ldm.interop.diffusers_folder import write_folder
 from ldm.models.denoiser import make_denoiser
-from ldm.training import checkpoint
+from ldm.training import checkpoint, saving
 from pipelines.checking.weights import describe_contents
 from pipelines.config import CONF
 from pipelines.inspect import describe, main
@@ -151,7 +151,7 @@ def test_a_network_that_is_not_ours(config: str, words: str, tmp_path: Path, cap
 def test_a_checkpoint_of_ours(tmp_path: Path, capsys) -> None:
     state = make_denoiser(tiny(), text()).state_dict()
     stretches = [checkpoint.Stretch(name, 0, {"weight": x.flatten()}) for name, x in state.items()]
-    path = checkpoint.save(tmp_path, 7, stretches=stretches, ema=state, config={}, facts={"samples_seen": 56})
+    path = saving.save(tmp_path, 7, stretches=stretches, ema=state, config={}, facts={"samples_seen": 56})
     out = said(capsys, path)
     count = sum(value.numel() for key, value in state.items() if key.startswith("unet."))
     assert "checkpoint, whole" in out and "samples_seen 56, step 7" in out

@@ -22,7 +22,7 @@ from ldm.config import (
 )
 from ldm.generate import load_painter
 from ldm.models.denoiser import make_denoiser
-from ldm.training import checkpoint
+from ldm.training import checkpoint, saving
 from pipelines.journal import read_images
 from pipelines.manifest import read_json
 from pipelines.stages import generate
@@ -57,7 +57,7 @@ def write_checkpoint(train: Path, unet: UNetConfig = UNET, text: TextEncoderConf
         "diffusion": dataclasses.asdict(DIFFUSION), "training": _training(),
     }  # fmt: skip
     config = {"settings": settings, "data": {"latent_shape": [4, 8, 8]}}
-    checkpoint.save(train, 42, stretches=[], ema=denoiser.state_dict(), config=config, facts={"samples_seen": 0})
+    saving.save(train, 42, stretches=[], ema=denoiser.state_dict(), config=config, facts={"samples_seen": 0})
 
 
 def _training() -> dict[str, object]:
