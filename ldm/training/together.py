@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -51,7 +52,8 @@ def each(work: Callable[[], Result]) -> list[Result]:
 def _portable(error: Exception) -> Exception:
     """The error as others can be sent it: some kinds cannot be made again from what they were made of."""
     try:
-        return pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        return copy.deepcopy(error)
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
