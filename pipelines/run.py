@@ -473,13 +473,17 @@ def _noted(dag: Dag, stage: str, command: str) -> Iterator[dict[str, Any]]:
 
 
 def code_version() -> str:
-    """The commit of the checkout, with "+" when files differ from it; "unknown" outside a checkout."""
+    """The commit of the checkout, with "+" when files differ from it; "unknown" outside a checkout or without git."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode:
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+        if commit.returncode:
+            return "unknown"
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    except OSError:  # it is not installed, or could not be started: no reason not to run
         return "unknown"
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return commit.stdout.strip() + ("+" if changed.stdout else "")
+
 
 
 if __name__ == "__main__":
