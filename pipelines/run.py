@@ -485,6 +485,5 @@ def code_version() -> str:
     return commit.stdout.strip() + ("+" if changed.stdout else "")
 
 
-
 if __name__ == "__main__":
     sys.exit(main())
