@@ -92,6 +92,7 @@ class TrainingPlan:
         return gpu_seconds(self.costs, self.config.training, how, speed) / 3600
 
     def lines(self) -> list[str]:
+        """What the command prints of it."""
         config, costs, training = self.config, self.costs, self.config.training
         train = config.cluster.train
         run, memory, peaks = train.run, self.memory(), self.memory().peaks()
@@ -161,6 +162,7 @@ class AutoencoderPlan:
         return self.costs.core_seconds(self.gpu.peak_flops) / 3600
 
     def lines(self) -> list[str]:
+        """What the command prints of it."""
         training, costs = self.config.autoencoder_training, self.costs
         return [
             f"training     {training.max_steps:,} steps of {training.batch_size:,}, pieces of {training.crop_size} px, "

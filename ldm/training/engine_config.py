@@ -87,10 +87,12 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def told(training: TrainingConfig, how: TrainingRunConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's configuration: our settings, and the keys that the user passes through."""
+def refuse(training: TrainingConfig, how: TrainingRunConfig) -> None:
+    """Raises ValueError where settings mean nothing, or do not go with each other."""
     if how.zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"cluster.train.run.zero_stage is {how.zero_stage}; there are: 0, 1, 2, 3")
+    if training.learning_rate <= 0:
+        raise ValueError(f"training.learning_rate is {training.learning_rate}; it is above 0")
     if training.gradient_clipping is not None and training.gradient_clipping <= 0:
         raise ValueError(f"training.gradient_clipping is {training.gradient_clipping}; it is above 0, or null for none")
     if training.precision not in PRECISIONS:
@@ -105,6 +107,11 @@ def told(training: TrainingConfig, how: TrainingRunConfig, world: World) -> dict
             "cluster.train.run.compile does not go with cluster.train.run.zero_stage=3, which swaps weights in and out "
             "while a graph runs; set the one to false or the other to 2"
         )
+
+
+def told(training: TrainingConfig, how: TrainingRunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's configuration: our settings, and the keys that the user passes through."""
+    refuse(training, how)
     zero: dict[str, Any] = {"stage": how.zero_stage}
     if world.device.type == "cpu":
         # Nothing overlaps on a processor, so gradients need no buffer of their own (measured: 1.3 times as quick).

@@ -22,7 +22,7 @@ from torch import Tensor
 from ldm.crash import crash_point
 from ldm.training.checkpoint import FORMAT, Stretch, step_name
 from ldm.training.sealing import adopt, seal, write_json
-from ldm.training.together import from_first, gather, rank, world_size
+from ldm.training.together import from_first, outcomes, rank, world_size
 
 Result = TypeVar("Result")
 
@@ -138,21 +138,17 @@ def _finish(temporary: Path, final: Path, facts: dict[str, Any], files: dict[str
 
 def _together(work: Callable[[], Result], final: Path) -> list[Result]:
     """Does each process's part of a save and waits for the others; an error of one is an error of all."""
-    result, error, full = None, "", False
-    try:
-        result = work()
-    except Exception as raised:  # whatever it is, the others would wait for this process
-        error, full = f"process {rank()}: {type(raised).__name__}: {raised}", _is_full(raised)
-    outcomes = gather((result, error, full))
-    if errors := [error for _, error, _ in outcomes if error]:
+    results, errors = outcomes(work)
+    if errors:
         if rank() == 0:
             for path in final.parent.glob(f"{final.name}.tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
-        raise (DiskFull if any(full for _, _, full in outcomes) else RuntimeError)(
-            f"{final} could not be written ({'; '.join(errors)}); older checkpoints stay as they are. "
+        said = "; ".join(f"process {who}: {type(error).__name__}: {error}" for who, error in errors.items())
+        raise (DiskFull if any(map(_is_full, errors.values())) else RuntimeError)(
+            f"{final} could not be written ({said}); older checkpoints stay as they are. "
             f"Once there is room, or what else was wrong is mended, the same command goes on from the newest of them"
         )
-    return [result for result, _, _ in outcomes]  # type: ignore[misc]
+    return results
 
 
 def _is_full(error: Exception) -> bool:

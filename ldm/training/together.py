@@ -33,20 +33,26 @@ def from_first(value: Result) -> Result:
     return gather(value)[0]
 
 
-def each(work: Callable[[], Result]) -> list[Result]:
-    """What every process makes of it, on every one of them; where one meets an error, all of them raise it."""
+def outcomes(work: Callable[[], Result]) -> tuple[list[Result], dict[int, Exception]]:
+    """What every process makes of it, and the errors of those that fail, by rank; the same on every one of them."""
     result, own = None, None
     try:
         result = work()
     except Exception as raised:  # whatever it is, the others would wait for this process
         own = raised
-    outcomes = gather((result, None if own is None else _portable(own)))
+    made = gather((result, None if own is None else _portable(own)))
+    errors = {who: error for who, (_, error) in enumerate(made) if error is not None}
     if own is not None:
-        raise own
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]  # type: ignore[misc]
+        errors[rank()] = own
+    return [result for result, _ in made], errors  # type: ignore[misc]
+
+
+def each(work: Callable[[], Result]) -> list[Result]:
+    """What every process makes of it, on every one of them; where one meets an error, all of them raise one."""
+    results, errors = outcomes(work)
+    if errors:
+        raise errors.get(rank(), errors[min(errors)])
+    return results
 
 
 def _portable(error: Exception) -> Exception:

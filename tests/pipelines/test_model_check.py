@@ -27,6 +27,7 @@ def test_the_default_job_and_the_miniature_pass() -> None:
     ("text_encoder.tokenizer=wordpiece", "vocab_file"),
     ("dataset.precompute_latents.resolution=72", "9"),
     ("training.gradient_clipping=0", "above 0, or null"),
+    ("training.learning_rate=-1", "training.learning_rate is -1"),
     ("cluster.train.workers=0", "cluster.train.workers is 0"),
     ("cluster.train.run.micro_batch_size=0", "micro_batch_size is 0"),
     ("+cluster.train.run.deepspeed.zero_optimisation.stage=1", "did you mean zero_optimization?"),
